@@ -1,0 +1,67 @@
+"""Blend diffusion models and know what the blend does.
+
+``Preference`` -> ``Blend`` -> ``BackwardSDE`` -> ``solve``; ``Certificate`` and ``Correction`` come with it.
+This package knows no backend: scores are functions (x, t) -> score. ``toy`` has mixtures with closed forms,
+``stablediffusion`` has diffusers pipelines, ``proofs_checks`` verifies every statement.
+
+Source: Cheng et al., Diffusion Blend, arXiv 2505.18547.
+"""
+
+from sdeblend.blend import Blend, Evaluation, Preference
+from sdeblend.correct import Certificate, Correction, effective_sample_size, systematic_resample
+from sdeblend.grid import time_grid
+from sdeblend.noise import BatchNoise, BrownianNoise, PerSampleNoise, ReplayNoise
+from sdeblend.schedule import (
+    SCHEDULES,
+    KarrasVE,
+    NoiseSchedule,
+    RectifiedFlow,
+    TrainedTable,
+    VPCosine,
+    VPLinear,
+)
+from sdeblend.score import Concatenated, CountingStack, ScoreFunction, ScoreStack, Stack, convert
+from sdeblend.sde import BackwardSDE
+from sdeblend.select import OneMemberPerStep
+from sdeblend.solve import Solution, State, solve, trajectory
+from sdeblend.steps import STEPS, Ancestral, EulerMaruyama, ExponentialMultistep, Heun, Step
+
+__all__ = [
+    "SCHEDULES",
+    "STEPS",
+    "Ancestral",
+    "BackwardSDE",
+    "BatchNoise",
+    "Blend",
+    "BrownianNoise",
+    "Certificate",
+    "Concatenated",
+    "Correction",
+    "CountingStack",
+    "EulerMaruyama",
+    "Evaluation",
+    "ExponentialMultistep",
+    "Heun",
+    "KarrasVE",
+    "NoiseSchedule",
+    "OneMemberPerStep",
+    "PerSampleNoise",
+    "Preference",
+    "RectifiedFlow",
+    "ReplayNoise",
+    "ScoreFunction",
+    "ScoreStack",
+    "Solution",
+    "Stack",
+    "State",
+    "Step",
+    "TrainedTable",
+    "VPCosine",
+    "VPLinear",
+    "convert",
+    "effective_sample_size",
+    "solve",
+    "systematic_resample",
+    "time_grid",
+    "trajectory",
+]

@@ -1,0 +1,120 @@
+"""Noise sources: who draws z, from which generator, and how a run is repeated on the same noise.
+
+A source is called once a step as ``source(n, t, s, like)`` and returns z of unit variance, shaped as
+``like``. Nothing in this library draws from the global generator.
+
+* BatchNoise: one generator for the batch; the fastest.
+* PerSampleNoise: one generator a sample; results do not depend on the batch size.
+* ReplayNoise: given tensors.
+* BrownianNoise: increments of one Brownian path, so that nested grids see the same path (order tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class NoiseSource(Protocol):
+    """Gives the noise of step n from t to s."""
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor, /) -> Tensor: ...
+
+
+class BatchNoise:
+    """One generator for the whole batch.
+
+    Args:
+        generator: on the device of the state.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"BatchNoise needs a torch.Generator, got {type(generator).__name__}; seed one for the run")
+        self.generator = generator
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
+        # empty_like keeps the layout of the state; filling it in place saves a copy.
+        return torch.empty_like(like).normal_(generator=self.generator)
+
+
+class PerSampleNoise:
+    """One generator a sample: row i depends on generator i alone.
+
+    Args:
+        generators: B generators.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = list(generators)
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
+        if len(self.generators) != len(like):
+            raise ValueError(f"a batch of {len(like)} samples needs as many generators, got {len(self.generators)}")
+        rows = [
+            torch.randn(like.shape[1:], generator=g, dtype=like.dtype, device=g.device).to(like.device)
+            for g in self.generators
+        ]
+        return torch.stack(rows)
+
+
+class ReplayNoise:
+    """Noise given in advance.
+
+    Args:
+        draws: one tensor a step with noise, each shaped as the state.
+    """
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        self.draws = list(draws)
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
+        if n >= len(self.draws) or self.draws[n].shape != like.shape:
+            got = f"{len(self.draws)} draws" if n >= len(self.draws) else f"shape {tuple(self.draws[n].shape)}"
+            raise ValueError(f"the noise of step {n} must have shape {tuple(like.shape)}, got {got}; record it on this run's grid")
+        return self.draws[n].to(like)
+
+
+class BrownianNoise:
+    """Increments of a Brownian path, exact on every coarsening of its grid.
+
+    Args:
+        grid: the finest times, decreasing (n + 1,).
+        shape: (B, *event).
+        generator: draws the path, n tensors of this shape in float64.
+    """
+
+    def __init__(self, grid: Tensor, shape: Sequence[int], generator: torch.Generator) -> None:
+        self._place = {round(float(t), 12): n for n, t in enumerate(grid)}
+        h = -grid.diff()
+        steps = torch.randn(len(h), *shape, generator=generator, dtype=torch.float64)
+        steps *= h.sqrt().reshape(-1, *([1] * len(shape)))
+        self.path = torch.cat([torch.zeros(1, *shape, dtype=torch.float64), steps.cumsum(0)])
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
+        places = [self._place.get(round(float(u), 12)) for u in (t, s)]
+        if places[0] is None or places[1] is None:
+            raise ValueError(f"a Brownian path is known on its own grid only, got the step {float(t):g} -> {float(s):g}")
+        increment = self.path[places[1]] - self.path[places[0]]
+        return (increment / (float(t) - float(s)) ** 0.5).to(like)
+
+
+def noise_source(noise: torch.Generator | Sequence[torch.Generator] | NoiseSource) -> NoiseSource:
+    """Return a source for what the user gave: a generator, one generator a sample, or a source.
+
+    Raises:
+        TypeError: for anything else, None included: the global generator is never used.
+    """
+    if isinstance(noise, torch.Generator):
+        return BatchNoise(noise)
+    if isinstance(noise, (list, tuple)) and noise and all(isinstance(g, torch.Generator) for g in noise):
+        return PerSampleNoise(noise)
+    if callable(noise):
+        return noise
+    raise TypeError(
+        f"noise must be a torch.Generator, a list of them or a noise source, got {type(noise).__name__}; "
+        "pass torch.Generator().manual_seed(seed)"
+    )
