@@ -1,0 +1,7 @@
+"""``python -m proofs_checks``: run all checks."""
+
+import sys
+
+from sdeblend.cli import main
+
+sys.exit(main(["verify", *sys.argv[1:]]))
