@@ -10,8 +10,8 @@ Source: TOML 1.0.0.
 from __future__ import annotations
 
 import copy
-import math
 import os
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +50,9 @@ def load_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid TOML: {error}; correct it there") from error
 
 
-def check_keys(table: Mapping[str, Any], spec: Spec, *, file: str | os.PathLike[str], section: str = "") -> Any:
+def check_keys(
+    table: Mapping[str, Any], spec: Spec, *, file: str | os.PathLike[str], section: str = ""
+) -> dict[str, Any]:
     """Return the settings of one table with defaults filled in, refusing what the spec does not allow.
 
     Args:
@@ -61,7 +63,7 @@ def check_keys(table: Mapping[str, Any], spec: Spec, *, file: str | os.PathLike[
             the top level.
 
     Returns:
-        A ``dict`` with exactly the keys of ``spec``, in their order; integers given for ``float`` converted.
+        Exactly the keys of ``spec``, in its order; integers given for ``float`` converted.
 
     Raises:
         ValueError: For an unknown key, a missing required key or a value of another kind; names the file,
@@ -96,19 +98,21 @@ def describe(kind: Kind, *, plural: bool = False) -> str:
     Returns:
         The words.
     """
-    origin, parts = get_origin(kind), get_args(kind)
+    origin: Any = get_origin(kind)
+    parts = get_args(kind)
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe(parts[0], plural=True)}"
     if origin in (Union, UnionType):
         return " or ".join(describe(part, plural=plural) for part in parts)
     if origin is Literal:
-        return ("each " if plural else "") + "one of " + ", ".join(repr(part) for part in parts)
+        return f"{'any' if plural else 'one'} of " + ", ".join(repr(part) for part in parts)
     return _NAMES[kind][plural]
 
 
 def _converted(value: Any, kind: Kind) -> Any:
     """Return ``value`` as ``kind``, or raise a ValueError that says what was given instead."""
-    origin, parts = get_origin(kind), get_args(kind)
+    origin: Any = get_origin(kind)
+    parts = get_args(kind)
     if origin is list:
         if isinstance(value, list):
             return [_converted(item, parts[0]) for item in value]
@@ -123,14 +127,11 @@ def _converted(value: Any, kind: Kind) -> Any:
             return value
     elif kind is float:
         # A bool is an int to Python and never a number to a reader of TOML.
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise ValueError(_shown(value))
-
-
-_LARGEST = math.nextafter(math.inf, 0)
 
 
 def _shown(value: Any) -> str:
