@@ -128,8 +128,9 @@ def combine(members: Tensor, coefficients: Tensor) -> Tensor:
     """
     if coefficients.ndim == 1:
         factors: list[float] = coefficients.tolist()
-        out = members[0] * factors[0]
-        for member, factor in zip(members[1:], factors[1:], strict=True):
+        first, *others = members.unbind()
+        out = first * factors[0]
+        for member, factor in zip(others, factors[1:], strict=True):
             out.add_(member, alpha=factor)
         return out
     columns = coefficients.to(members).T.reshape(coefficients.shape[::-1] + (1,) * (members.ndim - 2))
@@ -152,13 +153,11 @@ def spread(members: Tensor, coefficients: Tensor, blended: Tensor) -> Tensor:
     Returns:
         float64 (B,).
     """
-    total = torch.zeros(len(blended), dtype=torch.float64, device=blended.device)
     if len(members) == 1:
-        return total
-    c = coefficients.to(total)
-    for k, member in enumerate(members):
-        total += c[..., k] * (member - blended).flatten(1).square().sum(1)
-    return total
+        return torch.zeros(len(blended), dtype=torch.float64, device=blended.device)
+    squares = (members - blended).flatten(2).square().sum(2).double()
+    c = coefficients.to(squares)
+    return c @ squares if c.ndim == 1 else (c.T * squares).sum(0)
 
 
 class Blend:

@@ -182,8 +182,14 @@ class Weights:
         groups = torch.zeros(batch, dtype=torch.long) if correction.groups is None else correction.groups.long().cpu()
         if groups.shape != (batch,):
             raise ValueError(f"groups must name one problem a sample, shape ({batch},), got {tuple(groups.shape)}")
-        self.members_of = [(groups == g).nonzero().flatten().to(device) for g in groups.unique().tolist()]
-        self.path, self.steer, self.residual = (torch.zeros(batch, dtype=torch.float64, device=device) for _ in range(3))
+        names = groups.unique().tolist()
+        self.members_of: list[Tensor | slice] = [(groups == g).nonzero().flatten().to(device) for g in names]
+        if len(names) == 1:
+            self.members_of = [slice(None)]  # a view where an index would copy, every step
+        self.path = torch.zeros(batch, dtype=torch.float64, device=device)
+        resample = correction.mode == "resample"
+        # Without resampling nothing is steered: one tensor under three names.
+        self.steer, self.residual = (self.path.clone() if resample else self.path for _ in range(2))
         self.eve = torch.arange(batch, device=device)
         self.log_normalizer = [0.0] * len(self.members_of)
         self.profile: list[list[float]] = [[] for _ in self.members_of]
@@ -191,14 +197,18 @@ class Weights:
 
     def add(self, spread_of_means: Tensor, variance: float, t: float) -> None:
         """Add one step: ``spread_of_means`` (B,) of the members' transition means, ``variance`` of the step."""
-        increment = -spread_of_means.to(self.path) / (2 * variance)
+        increment = spread_of_means.to(self.path) * (-0.5 / variance)
         for record, index in zip(self.profile, self.members_of, strict=True):
-            undo = (self.residual - self.steer)[index].softmax(0)
-            record.append(-float((undo * increment[index]).sum()))
+            if self.resampled:
+                undo = (self.residual - self.steer)[index].softmax(0)
+                record.append(-float((undo * increment[index]).sum()))
+            else:
+                record.append(-float(increment[index].mean()))
         self.path += increment
-        if self.correction.steers_at(t):
-            self.steer += self.correction.tempering * increment
-            self.residual += self.correction.tempering * increment
+        if self.correction.mode == "resample" and self.correction.steers_at(t):
+            increment *= self.correction.tempering
+            self.steer += increment
+            self.residual += increment
 
     def skip(self) -> None:
         """Record a step without noise: it adds nothing."""
@@ -211,12 +221,13 @@ class Weights:
             return None
         ancestors, any_group = torch.arange(len(self.path), device=self.path.device), False
         for g, index in enumerate(self.members_of):
-            if float(effective_sample_size(self.residual[index])) >= self.correction.threshold * len(index):
+            residual = self.residual[index]
+            if float(effective_sample_size(residual)) >= self.correction.threshold * len(residual):
                 continue
             assert self.correction.generator is not None  # checked at construction
             any_group = True
-            self.log_normalizer[g] += log_mean_exp(self.residual[index])[0]
-            ancestors[index] = index[systematic_resample(self.residual[index], self.correction.generator)]
+            self.log_normalizer[g] += log_mean_exp(residual)[0]
+            ancestors[index] = ancestors[index][systematic_resample(residual, self.correction.generator)]
             self.residual[index] = 0.0
         if not any_group:
             return None
