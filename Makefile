@@ -31,10 +31,11 @@ bench: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
-	"sdeblend needs Python 3.11 or newer, found $$($(or $(PYTHON),false) --version 2>&1 || echo none);" \
+	"sdeblend needs Python 3.11 or newer, found $$($(or $(PYTHON),false) --version 2>/dev/null || echo none);" \
 	"name one with: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	@echo "Setting up .venv, a few minutes and once only ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]' -c constraints.txt
 	@touch $@
 
 clean:
