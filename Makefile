@@ -24,7 +24,7 @@ nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m hypothesis
 
 notebooks: $(READY)
-	$(BIN)/jupytext --sync --execute notebooks/*.ipynb
+	$(BIN)/jupytext --quiet --set-kernel python3 --to ipynb --execute notebooks/*.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
