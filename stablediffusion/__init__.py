@@ -1,0 +1,31 @@
+"""Diffusers pipelines on the core's own ``Blend``: attach a blend to a pipeline, or sample latents with ``solve``.
+
+    members = load_members(pipe, {"compress": "compress.safetensors", "vivid": "vivid/"})
+    with blend(pipe, members, Preference({"compress": 0.3, "vivid": 0.7})) as knobs:
+        images = pipe("a red circle", eta=1.0).images
+
+or, with the core's solver in place of the pipeline's, ``pipeline_score(pipe, prompt, members=members)``.
+"""
+
+from stablediffusion.attach import blend
+from stablediffusion.knobs import Knobs
+from stablediffusion.latents import PipelineScore, pipeline_score
+from stablediffusion.lora import convert_lora, load_lora, read_lora, save_lora
+from stablediffusion.members import Member, Members, load_members
+from stablediffusion.schedulers import schedule_of, scheduler_grid
+
+__all__ = [
+    "Knobs",
+    "Member",
+    "Members",
+    "PipelineScore",
+    "blend",
+    "convert_lora",
+    "load_lora",
+    "load_members",
+    "pipeline_score",
+    "read_lora",
+    "save_lora",
+    "schedule_of",
+    "scheduler_grid",
+]

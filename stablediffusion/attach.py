@@ -1,0 +1,199 @@
+"""Attach a blend to an unmodified diffusers pipeline, in place and for the length of a ``with`` block.
+
+    with blend(pipe, members, Preference({"compress": 0.3, "vivid": 0.7})) as knobs:
+        images = pipe("a red circle", eta=1.0).images
+        print(knobs.certificate)
+
+The denoiser's forward is replaced by one that evaluates base and members and returns their ``sdeblend.Blend``;
+pipeline, scheduler, guidance and everything else stay diffusers'. Blending raw predictions before
+classifier-free guidance equals the paper's blend after it, because coefficients sum to one. For eps-, v- and
+x0-networks this blends scores; for flow models (SD 3, Flux) it blends velocities, and the sampler is their ODE.
+
+Modes: "mpa" blends every member at every step (DB-MPA, DB-KLA through the strength); "ls" runs one member a step and
+image (DB-MPA-LS); "soup" and "soup-factors" average weights, as baselines (``adapters``).
+
+A ControlNet sees the base's prompt embeddings, and its residuals serve every member.
+
+Source: Diffusion Blend 2505.18547, Algorithms 1 to 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, get_args
+
+from torch import nn
+
+from sdeblend.blend import Preference
+from sdeblend.correct import Correction, CorrectionMode
+from sdeblend.select import Selection
+from stablediffusion.adapters import SOUPS
+from stablediffusion.components import denoiser_of
+from stablediffusion.denoiser import DenoiserStack
+from stablediffusion.knobs import Knobs, Mode
+from stablediffusion.members import Members
+from stablediffusion.schedulers import SUPPORTED
+
+_MARK = "_sdeblend_attached"
+
+
+@contextmanager
+def blend(
+    pipe: Any,
+    members: Members,
+    preference: Preference | Mapping[str, float],
+    *,
+    mode: Mode = "mpa",
+    correct: CorrectionMode | Correction | None = "certify",
+    selection: Selection = "systematic",
+    seed: int = 0,
+    batched: bool | None = None,
+) -> Iterator[Knobs]:
+    """Attach a blend to a pipeline for the length of the block; afterwards the pipeline is as before.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet or a transformer, of any task.
+        members: what ``load_members`` returned for this pipeline (or one that shares its networks).
+        preference: weights by member name, and the strength.
+        mode: "mpa" (every member at every step), "ls" (one a step), "soup" or "soup-factors".
+        correct: "certify" (weights and certificate, images as they are), "resample" or a ``Correction`` (images
+            of a prompt are particles), or None. For mode "mpa".
+        selection: how mode "ls" draws: "systematic", "independent" or "shared".
+        seed: of the blend's own draws (selection, resampling), made anew in every run; image i has its own.
+        batched: adapters side by side in one pass; by default on a CUDA device only, where small batches leave
+            room. Same numbers up to rounding.
+
+    Yields:
+        the knobs: ``preference`` to change, certificates and counts to read.
+
+    Raises:
+        ValueError: a preference that names no member or, for "ls", is no probability vector; an adapter that is
+            gone or fused; a cache; a scheduler that the correction does not support; a pipeline attached
+            already; a block in which the denoiser never ran.
+
+    Source: Diffusion Blend 2505.18547, Algorithms 1 to 3.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    name, network = denoiser_of(pipe)
+    if _MARK in network.__dict__:
+        raise ValueError(
+            f"a {name} can carry one blend at a time, got a second one; leave the first 'with' block, or change "
+            "its knobs.preference"
+        )
+    if network.__dict__.get("_compiled_call_impl") is not None:
+        raise ValueError(
+            f"a blend cannot enter a {name} compiled in place, got one; use pipe.{name} = torch.compile(pipe.{name}) "
+            f"or pipe.{name}.compile_repeated_blocks()"
+        )
+    members = members.on(pipe)
+    correction = _checked(correct, mode, pipe)
+    if batched is None:
+        batched = mode == "mpa" and next(network.parameters()).is_cuda and members.adapters_only
+    with ExitStack() as undo:
+        undo.enter_context(members.switch.borrowed())
+        undo.enter_context(members.text_switch.borrowed())
+        soup = undo.enter_context(ExitStack())
+        # With offloading accelerate owns ``forward`` and calls ``_old_forward``; its hooks must stay outside.
+        place = "_old_forward" if hasattr(network, "_hf_hook") else "forward"
+        original = getattr(network, place)
+        stack = DenoiserStack(original, network, members, side_by_side=batched)
+        knobs = Knobs(pipe, members, mode, correction, selection, seed, stack, soup)
+        knobs.preference = preference
+        network.__dict__[_MARK] = knobs
+        undo.callback(network.__dict__.pop, _MARK, None)
+        undo.enter_context(_patched_forward(network, place, original, knobs))
+        undo.enter_context(_patched_scheduler(pipe, knobs))
+        if members.text_members and mode not in SOUPS:
+            undo.enter_context(_patched(pipe, "encode_prompt", knobs.encode))
+        yield knobs
+    if knobs.calls == 0:
+        raise ValueError(
+            f"a blend on {type(pipe).__name__} was never used: no call of its {name} came through in the 'with' block; "
+            "call this pipeline inside it, and no copy of it"
+        )
+
+
+def _checked(correct: CorrectionMode | Correction | None, mode: Mode, pipe: Any) -> Correction | None:
+    correction = Correction(correct) if isinstance(correct, str) else correct
+    if correction is None or (mode != "mpa" and correction.mode == "certify"):
+        return None
+    if correction.mode == "resample":
+        scheduler = type(pipe.scheduler).__name__
+        if mode != "mpa":
+            raise ValueError(f"resampling corrects a blend of all members, got mode {mode!r}; use mode='mpa'")
+        if scheduler not in SUPPORTED:
+            raise ValueError(
+                f"resampling needs a scheduler with noise and without memory, {', '.join(SUPPORTED)}, got {scheduler}; "
+                "set pipe.scheduler, or pass correct=None"
+            )
+    return correction
+
+
+@contextmanager
+def _patched(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Replace a bound method of one object by ``around(original, ...)`` with the same signature."""
+    original = getattr(owner, name)
+    own = owner.__dict__.get(name)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    owner.__dict__[name] = replacement
+    try:
+        yield
+    finally:
+        if own is None:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = own
+
+
+@contextmanager
+def _patched_forward(network: nn.Module, place: str, original: Callable[..., Any], knobs: Knobs) -> Iterator[None]:
+    """Replace the denoiser's forward, wherever offloading moves it in the meantime."""
+    own = network.__dict__.get(place)
+
+    @functools.wraps(original)
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return knobs.forward(original, *args, **kwargs)
+
+    network.__dict__[place] = replacement
+    try:
+        yield
+    finally:
+        for name in ("forward", "_old_forward"):
+            if network.__dict__.get(name) is replacement:
+                if own is None and name == "forward":
+                    del network.__dict__[name]
+                else:
+                    network.__dict__[name] = original
+
+
+@contextmanager
+def _patched_scheduler(pipe: Any, knobs: Knobs) -> Iterator[None]:
+    """Follow the scheduler's runs and steps, also one that is exchanged inside the block."""
+    with ExitStack() as undo:
+        attached: list[Any] = []
+
+        def attach() -> None:
+            undo.close()
+            attached[:] = [pipe.scheduler]
+            undo.enter_context(_patched(pipe.scheduler, "set_timesteps", begin))
+            undo.enter_context(_patched(pipe.scheduler, "step", knobs.step))
+
+        def begin(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            knobs.restart()
+            return original(*args, **kwargs)
+
+        def follow() -> None:
+            if attached[0] is not pipe.scheduler:
+                attach()
+                knobs.restart()
+
+        attach()
+        knobs.follow_scheduler = follow
+        yield

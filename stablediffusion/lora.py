@@ -1,0 +1,326 @@
+"""LoRA files: read, convert, save, load, and check that they really loaded.
+
+A LoRA changes a weight by ``(alpha / rank) B A``. In the canonical file (safetensors) each tensor is named
+``component.layer.lora_A.weight`` and the configuration of every component, alpha with it, is in the
+metadata. Files come in three other layouts, which diffusers loads as *nothing*, without an error:
+
+* names without a component, as ``unet.save_lora_adapter`` writes them;
+* pickles of attention processors, ``layer.processor.to_q_lora.down.weight``, as the authors of the method did;
+* metadata for one component only, which gives the other a default configuration.
+
+The first two are converted here; after every load the adapter is counted and compared with the file.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from stablediffusion.components import denoiser_of, lora_components
+
+LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+# Layouts of other trainers that the pipeline's own loader converts; their tensors are renamed and rescaled.
+_FOREIGN = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "diffusion_model.", "base_model.", "double_blocks.")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What a LoRA file holds.
+
+    Attributes:
+        tensors: name -> tensor, as in the file.
+        metadata: the configuration of each component, or None if the file has none.
+        path: where it was read, or None for tensors given in memory.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, Any] | None
+    path: Path | None = None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the pipeline's loader must translate the names (kohya and the like)."""
+        return any(key.startswith(_FOREIGN) for key in self.tensors)
+
+    def qualified(self, component: str) -> LoraFile:
+        """Return the file with ``component.`` put before names that have no component."""
+        if self.foreign or any(key.split(".", 1)[0] in _COMPONENTS for key in self.tensors):
+            return self
+        metadata = None if self.metadata is None else {f"{component}.{k}": v for k, v in self.metadata.items()}
+        return LoraFile({f"{component}.{key}": value for key, value in self.tensors.items()}, metadata, self.path)
+
+
+def find_lora(source: str | Path) -> Path:
+    """Return the one LoRA file that ``source`` names.
+
+    Args:
+        source: a file, a folder with one LoRA file, a hub id ``owner/name``, or ``owner/name/file``.
+
+    Raises:
+        ValueError: if there is none, or several and none has the usual name.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.exists():
+        path = _from_hub(str(source))
+        if path.is_file():
+            return path
+    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", *_PICKLES))
+    for usual in LORA_FILE_NAMES:
+        if path / usual in found:
+            return path / usual
+    safe = [p for p in found if p.suffix == ".safetensors"] or found
+    if len(safe) != 1:
+        names = ", ".join(p.name for p in safe) or "none"
+        raise ValueError(f"a LoRA folder must hold one LoRA file, got {names} in {source}; give the file itself")
+    return safe[0]
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    parts = source.split("/")
+    try:
+        if len(parts) > 2 and Path(source).suffix:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        if len(parts) == 2 and all(parts) and Path(source).suffix not in (".safetensors", *_PICKLES):
+            return Path(snapshot_download(source, allow_patterns=["*.safetensors", *(f"*{s}" for s in _PICKLES)]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise ValueError(
+            f"a LoRA must be a file, a folder or a hub id that can be fetched, got {source!r}, which is no path here "
+            f"and the hub answered {type(error).__name__}; check the name"
+        ) from error
+    raise ValueError(f"a LoRA must be a file, a folder or a hub id owner/name, got {source!r}, which does not exist")
+
+
+def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
+    """Read a LoRA file of any layout, without running code that it may carry.
+
+    Args:
+        source: a file or folder or hub id (see ``find_lora``), or tensors by name.
+
+    Returns:
+        tensors on the CPU and metadata.
+
+    Raises:
+        ValueError: if the file holds no LoRA tensors, or a pickle holds more than tensors.
+    """
+    metadata, path = None, None
+    if isinstance(source, Mapping):
+        tensors = dict(source)
+    else:
+        path = find_lora(source)
+        tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), None)
+    if not tensors or not any("lora" in key or key.startswith(_FOREIGN) for key in tensors):
+        example = next(iter(tensors), "nothing")
+        raise ValueError(
+            f"a LoRA file needs tensors whose names contain 'lora', got {example!r} among {len(tensors)} "
+            f"in {path or 'the given tensors'}; a whole model can be a member as a module"
+        )
+    return LoraFile(tensors, metadata, path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+        raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    return tensors, json.loads(raw) if raw else None
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"a pickled LoRA must hold tensors only, got {path.name}, which torch.load(weights_only=True) refuses "
+            f"({type(error).__name__}); convert it to safetensors where you trust it"
+        ) from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise ValueError(f"a pickled LoRA must be a dictionary of tensors, got {type(loaded).__name__} in {path.name}")
+    return loaded
+
+
+def convert_lora(source: str | Path | Mapping[str, Tensor], path: str | Path, component: str = "unet") -> Path:
+    """Write a LoRA of any layout as safetensors with component names and its metadata.
+
+    Args:
+        source: see ``read_lora``.
+        path: file to write, ``*.safetensors``.
+        component: what names without a component belong to: "unet" or "transformer".
+
+    Returns:
+        the path.
+    """
+    return _write(read_lora(source).qualified(component), _check_target(path))
+
+
+def save_lora(pipe: Any, path: str | Path, adapter: str) -> Path:
+    """Save an adapter of the pipeline (denoiser and text encoders) with its configuration.
+
+    Args:
+        pipe: the pipeline that carries the adapter.
+        path: file to write, ``*.safetensors``.
+        adapter: the adapter's name.
+
+    Returns:
+        the path.
+
+    Raises:
+        ValueError: if no component has such an adapter.
+    """
+    path = _check_target(path)
+    arguments: dict[str, Any] = {}
+    for name, module in lora_components(pipe).items():
+        if adapter in getattr(module, "peft_config", {}):
+            tensors = get_peft_model_state_dict(module, adapter_name=adapter)
+            arguments[f"{name}_lora_layers"] = {
+                key: value.contiguous() for key, value in convert_state_dict_to_diffusers(tensors).items()
+            }
+            arguments[f"{name}_lora_adapter_metadata"] = _plain(module.peft_config[adapter].to_dict())
+    if not arguments:
+        raise ValueError(f"saving needs an adapter that is loaded, got {adapter!r}; {_loaded(pipe)}")
+    type(pipe).save_lora_weights(path.parent, weight_name=path.name, **arguments)
+    return path
+
+
+def load_lora(pipe: Any, source: str | Path | Mapping[str, Tensor], adapter: str) -> tuple[str, ...]:
+    """Load a LoRA of any layout as an adapter, and check that all of it arrived.
+
+    Args:
+        pipe: a diffusers pipeline.
+        source: see ``read_lora``.
+        adapter: name of the new adapter, without ".".
+
+    Returns:
+        the components that have it, e.g. ("unet", "text_encoder").
+
+    Raises:
+        ValueError: for a name that is taken or has a ".", or when less arrived than the file holds; the
+            pipeline is left without the adapter.
+    """
+    if not adapter or "." in adapter:
+        raise ValueError(f"an adapter name must be non-empty and without '.', got {adapter!r}; use '-' or '_'")
+    components = lora_components(pipe)
+    if any(adapter in getattr(module, "peft_config", {}) for module in components.values()):
+        raise ValueError(f"an adapter name must be new, got {adapter!r}, which is loaded; delete it first or rename")
+    file = read_lora(source).qualified(denoiser_of(pipe)[0])
+    absent = sorted({key.split(".", 1)[0] for key in file.tensors} & set(_COMPONENTS) - set(components))
+    if absent:
+        raise ValueError(
+            f"a LoRA for {type(pipe).__name__} must address {', '.join(components)}, got {', '.join(absent)} "
+            f"in {file.path or 'the given tensors'}; use a LoRA of this model family"
+        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            # through a file, because only there does diffusers read the metadata
+            name = _write(file, Path(folder) / "lora.safetensors").name
+            with _quiet_transformers():
+                pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
+        return _check_arrived(file, components, adapter)
+    except BaseException:
+        remove_adapter(pipe, adapter)
+        raise
+
+
+def remove_adapter(pipe: Any, adapter: str) -> None:
+    """Remove an adapter from every component; the last one takes the LoRA layers with it."""
+    for module in lora_components(pipe).values():
+        if adapter in getattr(module, "peft_config", {}):
+            delete_adapter_layers(module, adapter)
+            if not getattr(module, "peft_config", None):
+                recurse_remove_peft_layers(module)
+                module._hf_peft_config_loaded = False
+
+
+def _write(file: LoraFile, path: Path) -> Path:
+    header = {"format": "pt"}
+    if file.metadata is not None:
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(file.metadata, indent=2, sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in file.tensors.items()}, path, metadata=header)
+    return path
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence a report that calls every base weight newly initialised (a test compares them), and a warning about
+    the second adapter of a network.
+    """
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _check_arrived(file: LoraFile, components: Mapping[str, Any], adapter: str) -> tuple[str, ...]:
+    found = {n: m for n, m in components.items() if adapter in getattr(m, "peft_config", {})}
+    tensors = [t for m in found.values() for t in get_peft_model_state_dict(m, adapter_name=adapter).values()]
+    given = [t for key, t in file.tensors.items() if not key.endswith(".alpha")]
+    where = file.path or "the given tensors"
+    short = not tensors if file.foreign else len(tensors) != len(given)
+    if short:
+        raise ValueError(
+            f"all tensors of a LoRA must load, got {len(tensors)} of {len(given)} from {where}; "
+            f"the file belongs to another model, or names layers that {', '.join(components)} lack"
+        )
+    size, expected = _squares(tensors), _squares(given)
+    # a network in bfloat16 rounds each value by at most 2^-9
+    if not file.foreign and abs(size - expected) > 1e-2 * expected:
+        raise ValueError(
+            f"a LoRA must load with its own values, got a sum of squares of {size:g} for {expected:g} from {where}; "
+            "the adapter was initialised, not read"
+        )
+    return tuple(found)
+
+
+def _squares(tensors: list[Tensor]) -> float:
+    return sum(float(t.detach().double().square().sum()) for t in tensors)
+
+
+def _check_target(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a LoRA is saved as *.safetensors, got {path.name!r}; change the suffix")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration as JSON can hold it: sets become sorted lists."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value
+
+
+def _loaded(pipe: Any) -> str:
+    names = sorted({n for m in lora_components(pipe).values() for n in getattr(m, "peft_config", {})})
+    return f"loaded are {', '.join(names)}" if names else "none is loaded"

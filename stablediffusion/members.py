@@ -1,0 +1,154 @@
+"""Members of a blend on a pipeline: adapters, whole networks, and the base itself.
+
+    members = load_members(pipe, {"compress": "compress.safetensors", "vivid": "vivid/"})
+
+m LoRA members cost the base and m LoRA files of memory, never m networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from stablediffusion.adapters import AdapterSwitch, check_unfused
+from stablediffusion.components import denoiser_of, lora_components, text_encoders_of
+from stablediffusion.lora import load_lora, remove_adapter
+
+Source = str | Path | Mapping[str, Tensor] | nn.Module | None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of a blend.
+
+    Attributes:
+        name: as preferences name it.
+        adapter: its adapter, None for a whole network.
+        module: its own network, None for an adapter.
+        text_encoders: which text encoders its adapter changes.
+    """
+
+    name: str
+    adapter: str | None = None
+    module: nn.Module | None = None
+    text_encoders: tuple[str, ...] = ()
+
+
+class Members:
+    """The members that a pipeline can blend, in order; the base is not among them and always available.
+
+    Args:
+        pipe: the pipeline that carries the adapters.
+        members: the members.
+    """
+
+    def __init__(self, pipe: Any, members: Mapping[str, Member]) -> None:
+        self.pipe, self._members = pipe, dict(members)
+        adapters = [m.adapter for m in self._members.values() if m.adapter is not None]
+        self.switch = AdapterSwitch([denoiser_of(pipe)[1]], adapters)
+        self.text_switch = AdapterSwitch(text_encoders_of(pipe).values(), adapters)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names, in the order given."""
+        return tuple(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, name: str) -> Member:
+        if name not in self._members:
+            raise ValueError(f"a member must be one of {', '.join(self.names)}, got {name!r}; load it first")
+        return self._members[name]
+
+    @property
+    def text_members(self) -> tuple[Member, ...]:
+        """The members that change a text encoder and so need prompt embeddings of their own."""
+        return tuple(m for m in self._members.values() if m.text_encoders)
+
+    @property
+    def adapters_only(self) -> bool:
+        """Whether no member is a whole network."""
+        return all(m.module is None for m in self._members.values())
+
+    def on(self, pipe: Any) -> Members:
+        """Return the members for ``pipe``, which shares the networks they were loaded on, as it is now.
+
+        Raises:
+            ValueError: an adapter that is gone, fused adapters or projections, or a cache.
+        """
+        components = lora_components(pipe)
+        check_unfused(type(pipe).__name__, components.values())
+        loaded = {name for module in components.values() for name in getattr(module, "peft_config", {})}
+        for member in self._members.values():
+            if member.adapter is not None and member.adapter not in loaded:
+                raise ValueError(
+                    f"member {member.name!r} needs its adapter in {type(pipe).__name__}, got "
+                    f"{', '.join(sorted(loaded)) or 'no adapter'}; call load_members on this pipeline again"
+                )
+        return Members(pipe, self._members)
+
+    def remove(self) -> None:
+        """Remove the members' adapters from the pipeline."""
+        for member in self._members.values():
+            if member.adapter is not None:
+                remove_adapter(self.pipe, member.adapter)
+        self._members = {}
+
+
+def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
+    """Load the members of a blend onto a pipeline, checking that each one arrived.
+
+    The pipeline alone still runs as before: no member is active outside a blend.
+
+    Args:
+        pipe: a diffusers pipeline.
+        sources: name -> LoRA file, folder or hub id; tensors by name; a whole network of the denoiser's
+            interface; or None for an adapter of that name which is loaded already.
+
+    Returns:
+        the members, in this order.
+
+    Raises:
+        ValueError: no member, a name that is taken, "base" or with a "."; an adapter that did not load. None is
+            left behind then.
+    """
+    if not sources:
+        raise ValueError("a blend needs at least one member, got none; give {'name': 'lora.safetensors'}")
+    if "base" in sources:
+        raise ValueError("'base' names the pipeline's own network; give the member another name")
+    check_unfused(type(pipe).__name__, lora_components(pipe).values())
+    components = lora_components(pipe)
+    active = {id(layer): list(layer.active_adapters) for layer in AdapterSwitch(components.values(), ()).layers}
+    members: dict[str, Member] = {}
+    added: list[str] = []
+    try:
+        for name, source in sources.items():
+            if isinstance(source, nn.Module):
+                members[name] = Member(name, module=source)
+                continue
+            if source is None:
+                where = tuple(c for c, m in components.items() if name in getattr(m, "peft_config", {}))
+                if not where:
+                    raise ValueError(f"a member without a source must be loaded, got {name!r}; give its LoRA file")
+            else:
+                where = load_lora(pipe, source, name)
+                added.append(name)
+            members[name] = Member(name, adapter=name, text_encoders=tuple(c for c in where if c.startswith("text")))
+    except BaseException:
+        for name in added:
+            remove_adapter(pipe, name)
+        raise
+    finally:
+        # loading activates an adapter; outside a blend the pipeline is to run as it did
+        for layer in AdapterSwitch(components.values(), ()).layers:
+            layer.__dict__["_active_adapter"] = [n for n in active.get(id(layer), []) if n not in added]
+            for holder in (getattr(layer, name, {}) for name in layer.adapter_layer_names):
+                for name in added:
+                    if name in holder:
+                        holder[name].requires_grad_(False)
+    return Members(pipe, members)

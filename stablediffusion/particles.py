@@ -1,0 +1,111 @@
+"""Certificate and resampling inside a pipeline's own run: the core's ``Weights``, fed by the scheduler's steps.
+
+At each scheduler step the members' guided predictions are known. With b the score slope and g the noise of that
+step (``schedulers.noisy_move``) and q the slope from prediction to score,
+
+    log W += -(b q)^2 spread(guided predictions) / (2 g^2).
+
+Images of one prompt (and one preference) are the particles of one problem.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdeblend.blend import Evaluation, combine
+from sdeblend.correct import Correction, Weights
+from sdeblend.schedule import NoiseSchedule
+from sdeblend.score import Parametrisation, conversion
+from sdeblend.steps import Move
+
+
+class Particles:
+    """The weights of the images of one pipeline run.
+
+    Args:
+        correction: how they are used.
+        coefficients: of the blend, (K,) or (B, K).
+        groups: which images are particles of one problem, long (B,).
+        schedule: of the network.
+        prediction: what the network predicts.
+
+    Attributes:
+        reason: why there are no weights, or None.
+        pairs: one (K, K) a step: what each pair of members adds to the mean of -log W, in nats; its sum is the
+            step's entry of the certificate's profile when the run is not resampled.
+    """
+
+    def __init__(
+        self,
+        correction: Correction,
+        coefficients: Tensor,
+        groups: Tensor,
+        schedule: NoiseSchedule,
+        prediction: Parametrisation,
+    ) -> None:
+        replaced = Correction(
+            correction.mode, correction.threshold, correction.tempering, correction.active, correction.generator, groups
+        )
+        self.weights = Weights(replaced, len(groups), groups.device, bool((coefficients >= 0).all()))
+        self.count = coefficients.shape[-1]
+        self.schedule, self.prediction = schedule, prediction
+        self.reason: str | None = None
+        self.pairs: list[Tensor] = []
+
+    def add(self, move: Move, evaluation: Evaluation) -> None:
+        """Add one step with the guided members of its evaluation."""
+        pairs = torch.zeros(self.count, self.count, dtype=torch.float64)
+        self.pairs.append(pairs)
+        if not move.g:
+            self.weights.skip()
+            return
+        slope = move.b * float(conversion(self.schedule, move.t, self.prediction, "score")[1])
+        self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
+        active = torch.tensor(evaluation.active)
+        share = evaluation.pair_spread().mean(0).cpu() * slope**2 / (2 * move.g**2)
+        pairs[active[:, None], active] = share
+
+    def resample(self) -> Tensor | None:
+        """Return the ancestors (B,) if any group was resampled."""
+        return self.weights.resample(len(self.pairs))
+
+
+def guided(evaluation: Evaluation, guidance_scale: float) -> Evaluation:
+    """Return the evaluation after classifier-free guidance: members (K, B, G, *event) -> (K, B, *event).
+
+    Args:
+        evaluation: G = 2, negative prompt first, or G = 1.
+        guidance_scale: g; the guided prediction is negative + g (positive - negative).
+    """
+    members = evaluation.members
+    if members.shape[2] == 1:
+        members = members[:, :, 0]
+    else:
+        members = members[:, :, 0] + guidance_scale * (members[:, :, 1] - members[:, :, 0])
+    return Evaluation(combine(members, evaluation.coefficients), members, evaluation.coefficients, evaluation.active)
+
+
+def same_problem(embeddings: Any, coefficients: Tensor, images: int) -> Tensor:
+    """Return which images share prompt and preference, long (B,), numbered in order of appearance.
+
+    Args:
+        embeddings: prompt embeddings, (G B, ...), or None.
+        coefficients: (K,) or (B, K).
+        images: B.
+    """
+    groups = torch.zeros(images, dtype=torch.long)
+    keys: list[tuple[Tensor, Tensor]] = []
+    for i in range(images):
+        row = embeddings[i::images] if isinstance(embeddings, Tensor) else torch.zeros(1)
+        weights = coefficients[i] if coefficients.ndim == 2 else coefficients
+        for g, (known_row, known_weights) in enumerate(keys):
+            if torch.equal(row, known_row) and torch.equal(weights, known_weights):
+                groups[i] = g
+                break
+        else:
+            groups[i] = len(keys)
+            keys.append((row, weights))
+    return groups

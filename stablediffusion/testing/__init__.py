@@ -1,0 +1,22 @@
+"""Tiny random pipelines of every family and LoRA files for them: no network, no weights, seconds to run.
+
+Every builder is deterministic in its ``seed`` and leaves the global random state as it was.
+"""
+
+from stablediffusion.testing.loras import lora_config, tiny_lora
+from stablediffusion.testing.networks import FAMILIES, mid_size_unet, sd15_size_unet
+from stablediffusion.testing.pipelines import TASKS, sibling_pipeline, tiny_call, tiny_image, tiny_mask, tiny_pipeline
+
+__all__ = [
+    "FAMILIES",
+    "TASKS",
+    "lora_config",
+    "mid_size_unet",
+    "sd15_size_unet",
+    "sibling_pipeline",
+    "tiny_call",
+    "tiny_image",
+    "tiny_lora",
+    "tiny_mask",
+    "tiny_pipeline",
+]

@@ -1,0 +1,101 @@
+"""Tokenizers and text encoders on a vocabulary of single characters.
+
+A CLIP tokenizer needs each symbol twice, inside a word and at its end ("</w>"), and its special tokens;
+without merges every letter is a token. transformers 5 swallows the old ``vocab_file=`` silently and leaves
+a tokenizer of two tokens, so the length is checked here.
+"""
+
+from __future__ import annotations
+
+import string
+
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+CLIP_LENGTH = 77
+T5_LENGTH = 16
+_SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def clip_vocabulary() -> dict[str, int]:
+    """Return token -> id: every symbol inside and at the end of a word, then the two special tokens."""
+    tokens = [*_SYMBOLS, *(s + "</w>" for s in _SYMBOLS), _BOS, _EOS]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer whose tokens are single characters, length 77."""
+    vocabulary = clip_vocabulary()
+    tokenizer = CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[],
+        unk_token=_EOS,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        pad_token=_EOS,
+        model_max_length=CLIP_LENGTH,
+    )
+    if len(tokenizer) != len(vocabulary):
+        raise RuntimeError(
+            f"the tiny CLIP tokenizer must have {len(vocabulary)} tokens, got {len(tokenizer)}; "
+            "this transformers version names the vocabulary argument otherwise"
+        )
+    return tokenizer
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Return a T5 tokenizer whose tokens are single characters, length 16."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -2.0)]
+    pieces += [(s, -3.0) for s in _SYMBOLS]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def clip_encoder(
+    width: int = 16, *, projection: int | None = None, activation: str = "quick_gelu"
+) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Return a two-layer CLIP text encoder.
+
+    Args:
+        width: hidden size.
+        projection: size of the projected pooled embedding; None for a plain encoder.
+        activation: "quick_gelu" (OpenAI's CLIP) or "gelu" (OpenCLIP).
+    """
+    vocabulary = clip_vocabulary()
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection or width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act=activation,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=vocabulary[_BOS],
+        eos_token_id=vocabulary[_EOS],
+        pad_token_id=vocabulary[_EOS],
+    )
+    return CLIPTextModel(config) if projection is None else CLIPTextModelWithProjection(config)
+
+
+def t5_encoder(width: int = 32) -> T5EncoderModel:
+    """Return a one-layer T5 encoder of the given width."""
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config)
