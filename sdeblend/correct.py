@@ -37,6 +37,8 @@ from torch import Tensor
 CorrectionMode = Literal["certify", "resample"]
 WARN_NATS = 0.1
 WARN_ESS = 0.5
+# Fewer effective paths than this do not estimate log E[W]: one path would give a certificate of 0.
+ENOUGH_PATHS = 10
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,15 @@ class Certificate:
     """An upper bound, in nats, on KL(law of the blend || target), from the paths of the blend itself.
 
     Attributes:
-        value: log E[W] - E[log W]; the path-space KL divergence (module docstring).
+        value: log E[W] - E[log W]; the path-space KL divergence (module docstring). With too few effective
+            paths to estimate log E[W] and no negative coefficient, -E[log W], which is never below it.
         standard_error: of ``value``.
         ess_fraction: (E W)^2 / E W^2, the effective share of the samples without resampling.
         per_sample: -log W, (B,); with coefficients >= 0 its mean is a bound by itself, whatever the batch size.
         profile: what each step adds to -E[log W], (n,).
         samples: how many paths it comes from (after undoing any resampling, effectively).
         nonnegative: whether all coefficients are >= 0, so that -E[log W] >= value >= 0.
+        normalised: whether log E[W] was estimated; False where its bound 0 stands for it.
     """
 
     value: float
@@ -103,6 +107,12 @@ class Certificate:
     profile: Tensor
     samples: float
     nonnegative: bool
+    normalised: bool = True
+
+    @property
+    def reliable(self) -> bool:
+        """Whether ``value`` can be trusted as a bound: enough effective paths, or no negative coefficient."""
+        return self.nonnegative or self.ess_fraction * self.samples >= ENOUGH_PATHS
 
     @property
     def tv_bound(self) -> float:
@@ -112,7 +122,12 @@ class Certificate:
     @property
     def warning(self) -> str | None:
         """One sentence if the blend should not be trusted uncorrected, else None."""
-        if self.value <= WARN_NATS and self.ess_fraction >= WARN_ESS:
+        if not self.reliable:
+            return (
+                f"this certificate needs {ENOUGH_PATHS} effective samples as some coefficients are negative, got "
+                f"{self.ess_fraction * self.samples:.1f}; draw more samples of this prompt"
+            )
+        if self.value <= WARN_NATS and (self.ess_fraction >= WARN_ESS or not self.normalised):
             return None
         return (
             f"this blend may be {self.value:.3g} nats from its target and keeps {self.ess_fraction:.0%} of its samples "
@@ -120,7 +135,8 @@ class Certificate:
         )
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} +- {self.standard_error:.2g} nats (effective samples {self.ess_fraction:.0%})"
+        relation = "" if self.normalised else "at most "
+        return f"{relation}{self.value:.4g} +- {self.standard_error:.2g} nats (effective samples {self.ess_fraction:.0%})"
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -259,15 +275,20 @@ def _certificate(path: Tensor, undo: Tensor, profile: list[float], nonnegative: 
     log_mean = float((undo + log).logsumexp(0) - undo.logsumexp(0))
     relative = (log - log_mean).exp()
     influence = relative - 1 - (log - (weight * log).sum())
-    ess = 1 / float((weight * relative.square()).sum())
+    ess, samples = min(1 / float((weight * relative.square()).sum()), 1.0), float(effective_sample_size(undo))
+    # With c_i >= 0 every W <= 1, so log E[W] <= 0: the sound choice where it cannot be estimated.
+    normalised = not nonnegative or ess * samples >= ENOUGH_PATHS
+    if not normalised:
+        log_mean, influence = 0.0, (weight * log).sum() - log
     return Certificate(
         value=log_mean - float((weight * log).sum()),
         standard_error=float((weight * influence).square().sum().sqrt()),
-        ess_fraction=min(ess, 1.0),
+        ess_fraction=ess,
         per_sample=-path,
         profile=torch.tensor(profile, dtype=torch.float64),
-        samples=float(effective_sample_size(undo)),
+        samples=samples,
         nonnegative=nonnegative,
+        normalised=normalised,
     )
 
 
