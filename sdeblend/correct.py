@@ -91,7 +91,7 @@ class Certificate:
     Attributes:
         value: log E[W] - E[log W]; the path-space KL divergence (module docstring). With too few effective
             paths to estimate log E[W] and no negative coefficient, -E[log W], which is never below it.
-        standard_error: of ``value``.
+        standard_error: of ``value``; infinite for a single path.
         ess_fraction: (E W)^2 / E W^2, the effective share of the samples without resampling.
         per_sample: -log W, (B,); with coefficients >= 0 its mean is a bound by itself, whatever the batch size.
         profile: what each step adds to -E[log W], (n,).
@@ -282,7 +282,7 @@ def _certificate(path: Tensor, undo: Tensor, profile: list[float], nonnegative: 
         log_mean, influence = 0.0, (weight * log).sum() - log
     return Certificate(
         value=log_mean - float((weight * log).sum()),
-        standard_error=float((weight * influence).square().sum().sqrt()),
+        standard_error=float((weight * influence).square().sum().sqrt()) if len(path) > 1 else math.inf,
         ess_fraction=ess,
         per_sample=-path,
         profile=torch.tensor(profile, dtype=torch.float64),
