@@ -1,7 +1,7 @@
-"""One style for the figures of all checks; figures are objects, nothing global is touched.
+"""What the figures of all checks share: a row of panels, what each colour means, and labels.
 
-Colours are Okabe and Ito's, told apart by every kind of colour vision: the exact target is always black, the base
-grey, a blend blue, what is corrected or systematic green, and what was broken on purpose vermilion.
+Exact targets are black, the base grey, a blend blue, what is corrected or systematic green, a bound or what
+was broken on purpose vermilion (Okabe and Ito's palette).
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-EXACT = "#000000"
-BASE = "#999999"
-BLEND = "#0072B2"
-GOOD = "#009E73"
-BROKEN = "#D55E00"
-OTHER = "#E69F00"
-LIGHT = "#56B4E9"
-PINK = "#CC79A7"
-CYCLE = (BLEND, OTHER, GOOD, PINK, LIGHT, BROKEN)
+from toy import plotting
+
+EXACT = plotting.OKABE_ITO["black"]
+BASE = plotting.OKABE_ITO["grey"]
+BLEND = plotting.OKABE_ITO["blue"]
+GOOD = plotting.OKABE_ITO["green"]
+BROKEN = plotting.OKABE_ITO["vermillion"]
+OTHER = plotting.OKABE_ITO["orange"]
+LIGHT = plotting.OKABE_ITO["sky"]
+PINK = plotting.OKABE_ITO["purple"]
 
 
-def panels(count: int, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``count`` panels side by side, and its axes."""
-    figure = Figure(figsize=(4.3 * count, height), layout="constrained")
-    axes = [figure.add_subplot(1, count, i + 1) for i in range(count)]
+def panels(count: int, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """Return a figure of ``count`` panels side by side, each ``height`` inches high, and its axes."""
+    figure, axes = plotting.panels(count, columns=count, width=4.4, height=height)
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25, linewidth=0.6)
     return figure, axes
 
