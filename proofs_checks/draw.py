@@ -61,7 +61,7 @@ class Drawn:
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
     """Return float64 numbers drawn uniformly from [low, high)."""
-    return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def draw_line(
