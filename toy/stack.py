@@ -1,0 +1,183 @@
+"""Scores of several Gaussian mixtures in one evaluation: the ``ScoreStack`` that the toy backend samples with.
+
+    S_i(x, t) = grad log p_{i,t}(x),       p_{i,t} = sum_k pi_ik N(a mu_ik, a^2 C_ik + s^2 I).
+
+Which kernel serves (``toy.kernels``) follows from the mixtures and the batch: features for isotropic components
+or at most ``FEATURE_DIM`` dimensions, one matrix product otherwise, eigenvectors for fewer points than dimensions.
+The state keeps its dtype; coefficients of each time are computed in float64. The plain closed form,
+``GaussianMixture.noised(schedule, t).score(x)``, is what this is tested against, and what answers if x requires a
+gradient, since the kernels work in place.
+
+Source: Diffusion Blend 2505.18547, Lemma 2 (the members are tilts of one base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdeblend.schedule import NoiseSchedule, Time, as_time
+from sdeblend.score import ScoreFunction
+from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
+from toy.mixture import GaussianMixture
+
+FEATURE_DIM = 4
+PREPARED_BYTES = 1 << 26
+KEPT_TIMES = 8
+
+_Key = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+class MixtureStack:
+    """M mixtures as one stack of scores (x (B, d), t) -> (M, B, d).
+
+    Args:
+        mixtures: the members, the base first if there is one; coordinates are centred at the mean of the first.
+        schedule: the forward process.
+
+    Raises:
+        ValueError: no mixture, or mixtures of different dimensions.
+        TypeError: something that is no mixture or no schedule.
+    """
+
+    def __init__(self, mixtures: Sequence[GaussianMixture], schedule: NoiseSchedule) -> None:
+        self.mixtures, self.schedule = tuple(mixtures), schedule
+        if not self.mixtures:
+            raise ValueError("a mixture stack needs at least one mixture, got none")
+        for i, mixture in enumerate(self.mixtures):
+            if not isinstance(mixture, GaussianMixture):
+                raise TypeError(f"a mixture stack needs GaussianMixtures, got {type(mixture).__name__} at {i}")
+            if mixture.dim != self.mixtures[0].dim:
+                raise ValueError(f"mixtures of a stack must share their dimension, got {self.mixtures[0].dim} and {mixture.dim}")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"a mixture stack needs a NoiseSchedule, got {type(schedule).__name__}")
+        self.dim = self.mixtures[0].dim
+        self._isotropic = all(mixture.isotropic for mixture in self.mixtures)
+        self._centre = self.mixtures[0].mean
+        self._parameters = _parameters(self.mixtures, self._centre, with_vectors=not self._isotropic)
+        self._many: Kernel = Features(self._isotropic) if self._isotropic or self.dim <= FEATURE_DIM else Rows()
+        self._few: dict[tuple[int, ...], Eigen] = {}
+        self._all = tuple(range(len(self.mixtures)))
+        self._grid: Tensor | None = None
+        self._place: dict[float, int] = {}
+        self._tables: dict[_Key, Coefficients] = {}
+        self._recent: dict[tuple[float, bool, _Key], tuple[Kernel, tuple[int, ...], Tensor, Coefficients]] = {}
+
+    def __len__(self) -> int:
+        return len(self.mixtures)
+
+    def prepare(self, times: Tensor | Sequence[float]) -> None:
+        """Let the coefficients of these times be computed in one pass, at the first evaluation.
+
+        Optional: it saves time on short evaluations and changes no result. Grids whose coefficients would fill
+        more than 64 MiB are left to be computed step by step.
+
+        Args:
+            times: the grid of the run to come.
+        """
+        grid = self.schedule.check_time(as_time(times).detach().flatten().cpu())
+        self._grid, self._place, self._tables = None, {}, {}
+        one = self._table(self._many, self._parameters, grid[:1], torch.float64, grid.device)
+        if isinstance(self._many, Features) and len(grid) * sum(c.nbytes for c in one) <= PREPARED_BYTES:
+            self._grid, self._place = grid, {time: i for i, time in enumerate(grid.tolist())}
+
+    def __call__(self, x: Tensor, t: Time, active: Sequence[int] | None = None) -> Tensor:
+        """Return the scores of the members ``active`` (default all), (len(active), B, d), in the dtype of x.
+
+        Args:
+            x: state (B, d), float32 or float64, in any memory layout; the transpose of a contiguous (d, B)
+                is fastest in few dimensions.
+            t: time, 0-dim.
+            active: positions of the members wanted.
+
+        Raises:
+            ValueError: x of another shape, or a time outside the schedule.
+            TypeError: x of another dtype.
+        """
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"a mixture stack in {self.dim} dimensions needs a state (B, {self.dim}), got {tuple(x.shape)}")
+        if x.dtype is not torch.float32 and x.dtype is not torch.float64:
+            raise TypeError(f"a state must be float32 or float64, got {x.dtype}; call .float() on it")
+        chosen = self._all if active is None else tuple(active)
+        if x.requires_grad and torch.is_grad_enabled():
+            members = [self.mixtures[k].noised(self.schedule, t) for k in chosen]
+            return torch.stack([member.score(x) for member in members]).to(x.dtype)
+        few = isinstance(self._many, Rows) and len(x) < self.dim
+        time, key = float(t), (chosen, x.dtype, x.device)
+        found = self._recent.get((time, few, key))
+        if found is None:
+            found = self._find(time, few, key)
+            if len(self._recent) >= KEPT_TIMES:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[time, few, key] = found
+        kernel, shared, centre, coefficients = found
+        return kernel.scores(x, centre, coefficients, shared)
+
+    def _find(self, time: float, few: bool, key: _Key) -> tuple[Kernel, tuple[int, ...], Tensor, Coefficients]:
+        chosen, dtype, device = key
+        parameters = self._parameters.members(chosen)
+        if few and chosen not in self._few:
+            self._few[chosen] = Eigen(parameters)
+        kernel = self._few[chosen] if few else self._many
+        place = None if few else self._place.get(time)
+        if place is None or self._grid is None:
+            table, place = self._table(kernel, parameters, as_time([time]), dtype, device), 0
+        else:
+            if key not in self._tables:
+                self._tables[key] = self._table(kernel, parameters, self._grid, dtype, device)
+            table = self._tables[key]
+        centre, *coefficients = (c[place] for c in table)
+        return kernel, parameters.shared, centre, tuple(coefficients)
+
+    def _table(
+        self, kernel: Kernel, parameters: Parameters, times: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> Coefficients:
+        times = self.schedule.check_time(times)
+        alpha, variance = self.schedule.alpha(times), self.schedule.sigma(times).square()
+        # The centre is one that the state's dtype can hold; what rounding took from it goes to the means.
+        exact = alpha.unsqueeze(1) * self._centre
+        centre = exact.to(dtype)
+        values = kernel.coefficients(parameters, alpha, variance, exact - centre)
+        return tuple(value.to(device=device, dtype=dtype) for value in (centre, *values))
+
+
+def mixture_score(mixture: GaussianMixture, schedule: NoiseSchedule) -> ScoreFunction:
+    """Return the score of one mixture as a function (x (B, d), t) -> (B, d).
+
+    Args:
+        mixture: p_0.
+        schedule: the forward process.
+
+    Returns:
+        the score, as fast as a stack of one.
+    """
+    stack = MixtureStack([mixture], schedule)
+    return lambda x, t: stack(x, t)[0]
+
+
+def _parameters(mixtures: Sequence[GaussianMixture], centre: Tensor, *, with_vectors: bool) -> Parameters:
+    """Stack the mixtures' parameters, padding with components of weight zero."""
+    count = max(mixture.components for mixture in mixtures)
+    rows = [
+        torch.cat([torch.arange(m.components), torch.zeros(count - m.components, dtype=torch.long)]) for m in mixtures
+    ]
+    log_weights = torch.full((len(mixtures), count), -torch.inf, dtype=torch.float64)
+    for i, mixture in enumerate(mixtures):
+        log_weights[i, : mixture.components] = mixture.log_weights
+    pairs = list(zip(mixtures, rows, strict=True))
+    vectors = torch.stack([m.eigenvectors[r] for m, r in pairs]) if with_vectors else torch.empty(0)
+    if not with_vectors:
+        vectors = torch.empty(len(mixtures), count, 0, 0, dtype=torch.float64)
+    return Parameters(
+        log_weights,
+        torch.stack([m.means[r] - centre for m, r in pairs]),
+        torch.stack([m.eigenvalues[r] for m, r in pairs]),
+        vectors,
+        tuple(next(j for j, other in enumerate(mixtures) if _same_covariances(other, m)) for m in mixtures),
+    )
+
+
+def _same_covariances(first: GaussianMixture, second: GaussianMixture) -> bool:
+    return torch.equal(first.eigenvalues, second.eigenvalues) and torch.equal(first.eigenvectors, second.eigenvectors)
