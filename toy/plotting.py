@@ -35,7 +35,7 @@ OKABE_ITO: Final = {
     "purple": "#CC79A7",
     "grey": "#7A7A7A",
 }
-LineStyle = str | tuple[int, tuple[int, ...]]
+LineStyle = Any  # "--", or (offset, (ink, gap, ...)) in points
 SHARES: Final = (0.5, 0.95)
 FORMATS: Final = ("png", "svg", "pdf")
 SHOWN_POINTS = 1500
@@ -83,12 +83,12 @@ class Cloud:
 _STYLES: Final = {
     "base": Style(OKABE_ITO["grey"], (0, (1, 1)), "base", 2.0),
     "target": Style(OKABE_ITO["black"], "-", "exact target", 1.8),
-    "exact": Style(OKABE_ITO["green"], "--", "exact score"),
-    "mpa": Style(OKABE_ITO["vermillion"], "-", "DB-MPA"),
-    "mpa-corrected": Style(OKABE_ITO["blue"], (0, (6, 1)), "DB-MPA corrected"),
+    "exact": Style(OKABE_ITO["sky"], "--", "exact score"),
+    "mpa": Style(OKABE_ITO["blue"], "-", "DB-MPA"),
+    "mpa-corrected": Style(OKABE_ITO["green"], (0, (6, 1)), "DB-MPA corrected"),
     "ls": Style(OKABE_ITO["orange"], "-.", "DB-MPA-LS systematic"),
     "ls-iid": Style(OKABE_ITO["purple"], (0, (3, 1, 1, 1, 1, 1)), "DB-MPA-LS independent"),
-    "ls-shared": Style(OKABE_ITO["sky"], (0, (2, 1)), "DB-MPA-LS shared"),
+    "ls-shared": Style(OKABE_ITO["vermillion"], (0, (2, 1)), "DB-MPA-LS shared"),
 }
 _MEMBER_COLOURS: Final = ("sky", "purple", "orange", "green", "blue", "vermillion")
 _MEMBER_LINES: Final[tuple[LineStyle, ...]] = ("--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1)))
@@ -188,7 +188,8 @@ def contours_2d(
     density = law.log_prob(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)).exp().numpy()
     levels = _enclosing_levels(density)
     if fill:
-        axes.contourf(x, y, density, [*levels, max(density.max(), levels[-1]) * 1.01], colors=["0.92", "0.82"], zorder=0)
+        top = max(float(density.max()), levels[-1]) * 1.01
+        axes.contourf(x, y, density, [*levels, top], colors=["0.92", "0.82"], zorder=0)
     axes.contour(
         x, y, density, levels, colors=style.colour, linestyles=[style.line], linewidths=[0.7 * style.width, style.width]
     )
@@ -263,23 +264,22 @@ def compare_figure(
         the figure; ``figure_bytes`` writes it.
     """
     labels = ["x"] if base.dim == 1 else ["x1", "x2"]
-    if base.dim > 2:
+    above_the_plane = base.dim > 2
+    if above_the_plane:
         chosen = list(axes or telling_pair(base, [target, *members.values()]))
         labels = [f"x{axis + 1}" for axis in chosen]
         base, target = base.marginal(chosen), target.marginal(chosen)
         members = {name: law.marginal(chosen) for name, law in members.items()}
         clouds = {name: Cloud(c.points[:, chosen], c.log_weights, c.title) for name, c in clouds.items()}
-        marginals = True
-    else:
-        marginals = False
     window = window_of([base, target, *members.values()], list(clouds.values()))
-    figure, grid = panels(1 + len(clouds), height=3.1 if base.dim == 1 else 3.9)
+    figure, plain = panels(1 + len(clouds), height=3.1 if base.dim == 1 else 3.9)
+    grid = [_with_strips(figure, axes) if above_the_plane else [axes] for axes in plain]
     laws = [(base, style_of("base"))]
     laws += [(law, member_style(i, name)) for i, (name, law) in enumerate(members.items())]
-    _panel(grid[0], target, laws, None, window, labels, marginals, "base, members and exact target")
+    _panel(grid[0], target, laws, None, window, labels, "base, members and exact target\n")
     for panel, (name, cloud) in zip(grid[1:], clouds.items(), strict=True):
         drawn = Cloud(cloud.points, cloud.log_weights, cloud.title or style_of(name).label)
-        _panel(panel, target, [], (drawn, style_of(name)), window, labels, marginals, drawn.title)
+        _panel(panel, target, [], (drawn, style_of(name)), window, labels, drawn.title)
     handles = [_handle(style) for _, style in laws] + [_handle(style_of("target"))]
     handles += [_handle(style_of(name), samples=True) for name in clouds]
     note = None if base.dim == 1 else "contours enclose 50 % and 95 % of the probability"
@@ -313,16 +313,16 @@ def figure_bytes(figure: Figure, kind: str = "png", *, dpi: int = 130) -> bytes:
 
 
 def _panel(
-    axes: Axes,
+    grid: Sequence[Axes],
     target: GaussianMixture,
     laws: Sequence[tuple[GaussianMixture, Style]],
     samples: tuple[Cloud, Style] | None,
     window: Sequence[tuple[float, float]],
     labels: Sequence[str],
-    marginals: bool,
     title: str,
 ) -> None:
-    """Draw the exact target, other laws and samples on one panel."""
+    """Draw the exact target, other laws and samples on one panel, and on the strips at its sides if it has any."""
+    axes, *strips = grid
     if target.dim == 1:
         _line(axes, target, laws, samples, window[0])
         axes.set(xlabel=labels[0], ylabel="density", xlim=window[0])
@@ -336,18 +336,13 @@ def _panel(
         points_2d(axes, *samples)
     axes.set(xlabel=labels[0], ylabel=labels[1], xlim=window[0], ylim=window[1])
     widths = [high - low for low, high in window]
-    if max(widths) < 2 * min(widths):
+    if max(widths) < 2 * min(widths) and not strips:
         axes.set_aspect("equal")
-    if marginals:
-        top = axes.inset_axes((0, 1.03, 1, 0.22), sharex=axes)
-        side = axes.inset_axes((1.03, 0, 0.22, 1), sharey=axes)
-        for axis, strip in enumerate((top, side)):
-            own = [(law.marginal([axis]), style) for law, style in laws]
-            cloud = None if samples is None else (_column(samples[0], axis), samples[1])
-            _line(strip, target.marginal([axis]), own, cloud, window[axis], upright=axis == 1)
-            strip.axis("off")
-    # The title of the panel, not of the strip: the layout makes room for that one only.
-    axes.set_title(title, fontsize=9, y=1.27 if marginals else None)
+    for axis, strip in enumerate(strips):
+        own = [(law.marginal([axis]), style) for law, style in laws]
+        cloud = None if samples is None else (_column(samples[0], axis), samples[1])
+        _line(strip, target.marginal([axis]), own, cloud, window[axis], upright=axis == 1)
+    (strips[0] if strips else axes).set_title(title, fontsize=9)
 
 
 def _line(
@@ -364,6 +359,20 @@ def _line(
     density_1d(axes, target, style_of("target"), window, fill=samples is None, upright=upright)
     for law, style in laws:
         density_1d(axes, law, style, window, upright=upright)
+
+
+def _with_strips(figure: Figure, axes: Axes) -> list[Axes]:
+    """Return a panel, a strip above it and one at its right, in the place of ``axes``."""
+    place = axes.get_subplotspec()
+    assert place is not None  # panels() made it
+    axes.remove()
+    cells = place.subgridspec(2, 2, width_ratios=(5, 1), height_ratios=(1, 5), wspace=0, hspace=0)
+    main = figure.add_subplot(cells[1, 0])
+    main.spines[["top", "right"]].set_visible(False)
+    strips = [figure.add_subplot(cells[0, 0], sharex=main), figure.add_subplot(cells[1, 1], sharey=main)]
+    for strip in strips:
+        strip.axis("off")
+    return [main, *strips]
 
 
 def _column(cloud: Cloud, axis: int) -> Cloud:
