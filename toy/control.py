@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
 from toy.mixture import GaussianMixture
-from toy.rewards import QuadraticReward, combine
+from toy.rewards import QuadraticReward, combine, weighted_pairs
 from toy.tilting import check_kl_weight
 
 
@@ -94,10 +94,7 @@ def blend_gap(
         float64 (B, d).
     """
     total = jensen_gap(base, combine(rewards, weights), kl_weight, schedule, x, t)
-    names = list(rewards) if isinstance(rewards, Mapping) else range(len(rewards))
-    for name in names:
-        weight = weights.get(name, 0.0) if isinstance(weights, Mapping) else weights[name]  # type: ignore[index,arg-type,call-overload]
+    for weight, reward in weighted_pairs(rewards, weights):
         if weight:
-            reward = rewards[name]  # type: ignore[index,call-overload]
             total = total - weight * jensen_gap(base, reward, kl_weight, schedule, x, t)
     return total

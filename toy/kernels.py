@@ -4,9 +4,9 @@ A mixture with weights pi_k, means m_k and precisions P_k has, in coordinates z 
 
     logit_k = const_k + b_k.z - z'P_k z / 2,        score = sum_k softmax_k(logit) (b_k - P_k z).
 
-* ``Features`` (few dimensions): the logits are linear in phi(z) = (z_i, z_i z_j, 1), so one product W phi gives them
-  all, and one more, V exp(logit - max), gives sum b_k e_k, sum P_k e_k and sum e_k. Points run along the contiguous axis.
-  Isotropic components need only phi = (z, |z|^2, 1), in any dimension.
+* ``Features`` (few dimensions): the logits are linear in phi(z) = (z_i, z_i z_j, 1), so one product W phi gives
+  them all, and one more, V exp(logit - max), gives sum b_k e_k, sum P_k e_k and sum e_k. Points run along the
+  contiguous axis. Isotropic components need only phi = (z, |z|^2, 1), in any dimension.
 * ``Rows`` (many dimensions): one product z [P_1 ... P_K] a chunk of points; members that share covariances (tilts
   by linear rewards) share it.
 * ``Eigen`` (fewer points than dimensions): two products with the eigenvectors, which do not depend on time, instead of
@@ -20,6 +20,7 @@ Source: measured against each other and against the broadcast form; see benchmar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -128,39 +129,88 @@ class Features:
 
     def scores(self, x: Tensor, centre: Tensor, coefficients: Coefficients, shared: tuple[int, ...]) -> Tensor:
         w, v = coefficients
-        (members, _, components), batch = v.shape, x.shape[0]
+        members, rows, components = v.shape
+        batch, dim = x.shape
         xt, centre = x.T, centre.unsqueeze(1)
-        out = torch.empty(members, x.shape[1], batch, dtype=x.dtype, device=x.device)
-        # 1 MiB of logits at a time.
-        chunk = max(1024, min(32768, (1 << 18) // (members * components)))
+        out = torch.empty(members, dim, batch, dtype=x.dtype, device=x.device)
+        # At most 1 MiB each of features, logits and sums at a time.
+        chunk = max(1024, min(32768, (1 << 18) // max(members * components, members * rows, w.shape[1])))
         for start in range(0, batch, chunk):
-            stop = start + chunk
-            self._chunk(xt[:, start:stop], centre, w, v, out[..., start:stop])
+            n = min(chunk, batch - start)
+            space = _workspace((self.isotropic, members, components, dim, n, x.dtype, x.device))
+            whole = n == batch
+            torch.sub(xt if whole else xt[:, start : start + n], centre, out=space.z)
+            space.fill()
+            torch.mm(w, space.phi, out=space.flat_logits)
+            gaps = space.logits.sub_(torch.amax(space.logits, 1, keepdim=True)).clamp_(min=LOWEST_GAP).exp_()
+            torch.bmm(v, gaps, out=space.sums)
+            score = space.score
+            for slope, z in space.terms:
+                score.addcmul_(slope, z)
+            torch.div(score, space.total, out=out if whole else out[..., start : start + n])
         return out.mT
 
-    def _chunk(self, xt: Tensor, centre: Tensor, w: Tensor, v: Tensor, out: Tensor) -> None:
-        (dim, n), (members, rows, components) = xt.shape, v.shape
-        phi = xt.new_empty(w.shape[1], n)
-        z = torch.sub(xt, centre, out=phi[:dim])
+
+class _Workspace:
+    """Buffers of one chunk and the views of them that the evaluation needs; slicing anew costs as much as computing."""
+
+    def __init__(
+        self,
+        isotropic: bool,
+        members: int,
+        components: int,
+        dim: int,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        pairs = [(0, dim), *_pairs(dim)]
+        features = dim + 2 if isotropic else 2 * dim + sum(count for _, count in pairs)
+        self.phi = empty(features, n)
+        self.phi[-1] = 1
+        self.z = self.phi[:dim]
+        self.isotropic, self.square, self.norm = isotropic, empty(dim, n), self.phi[dim]
+        self.again = (self.phi[dim : 2 * dim - 1], self.z[:-1])
+        self.products = []
+        place = 2 * dim - 1
+        for s, count in [] if isotropic else pairs:
+            self.products.append((self.z[:count], self.phi[s : s + count], self.phi[place : place + count]))
+            place += count
+        self.flat_logits = empty(members * components, n)
+        self.logits = self.flat_logits.view(members, components, n)
+        self.sums = empty(members, dim + 2 if isotropic else dim * (dim + 1) + 1, n)
+        self.score, self.total = self.sums[:, :dim], self.sums[:, -1:]
+        shifts = [(self.sums[:, dim * (s + 1) : dim * (s + 2)], self.phi[s : s + dim]) for s in range(dim)]
+        self.terms = [(self.sums[:, dim : dim + 1], self.z)] if isotropic else shifts
+
+    def fill(self) -> None:
+        """Complete the features, given z."""
         if self.isotropic:
-            torch.sum(z * z, 0, out=phi[dim])
-        else:
-            phi[dim : 2 * dim - 1] = z[:-1]
-            place = 2 * dim - 1
-            for s, count in [(0, dim), *_pairs(dim)]:
-                torch.mul(z[:count], phi[s : s + count], out=phi[place : place + count])
-                place += count
-        phi[-1] = 1
-        logits = torch.mm(w, phi).view(members, components, n)
-        gaps = logits.sub_(logits.amax(1, keepdim=True)).clamp_(min=LOWEST_GAP).exp_()
-        sums = torch.bmm(v, gaps)
-        score = sums[:, :dim]
-        if self.isotropic:
-            score.addcmul_(sums[:, dim : dim + 1], z)
-        else:
-            for s in range(dim):
-                score.addcmul_(sums[:, dim * (s + 1) : dim * (s + 2)], phi[s : s + dim])
-        torch.div(score, sums[:, rows - 1 :], out=out)
+            torch.sum(torch.mul(self.z, self.z, out=self.square), 0, out=self.norm)
+            return
+        target, source = self.again
+        if len(target):
+            target.copy_(source)
+        for first, second, product in self.products:
+            torch.mul(first, second, out=product)
+
+
+_local = threading.local()
+
+
+def _workspace(key: tuple) -> _Workspace:
+    """Return this thread's buffers of a shape; the few shapes used last are kept."""
+    kept: dict[tuple, _Workspace] = _local.__dict__.setdefault("kept", {})
+    space = kept.get(key)
+    if space is None:
+        space = _Workspace(*key)
+        if len(kept) >= 8:
+            kept.pop(next(iter(kept)))
+        kept[key] = space
+    return space
 
 
 def _pairs(dim: int) -> list[tuple[int, int]]:
@@ -227,7 +277,7 @@ class Eigen:
 
     def scores(self, x: Tensor, centre: Tensor, coefficients: Coefficients, shared: tuple[int, ...]) -> Tensor:
         constants, means, inverse = coefficients
-        members, components, dim = means.shape
+        members, _, dim = means.shape
         key = (x.dtype, x.device)
         if key not in self._vectors:
             self._vectors[key] = next(iter(self._vectors.values())).to(x)

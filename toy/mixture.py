@@ -47,7 +47,9 @@ class GaussianMixture:
     def __init__(
         self, weights: Tensor | Sequence[float], means: Numbers, covariances: Numbers | Sequence[Numbers]
     ) -> None:
-        pi, mu, cov = (_numbers(v, n) for v, n in ((weights, "weights"), (means, "means"), (covariances, "covariances")))
+        pi, mu, cov = (
+            _numbers(v, n) for v, n in ((weights, "weights"), (means, "means"), (covariances, "covariances"))
+        )
         if pi.ndim != 1 or mu.ndim != 2 or len(pi) != len(mu) or 0 in mu.shape:
             raise ValueError(
                 f"a mixture needs weights (K,) and means (K, d), got {tuple(pi.shape)} and {tuple(mu.shape)}; give "
@@ -68,7 +70,10 @@ class GaussianMixture:
             if bool((cov <= 0).any()):
                 k = int((cov <= 0).nonzero()[0])
                 raise ValueError(f"variances must be positive, got {float(cov[k]):g} for component {k}")
-            eigenvalues, vectors = cov[:, None].expand(count, dim), torch.eye(dim, dtype=torch.float64).expand(count, -1, -1)
+            eigenvalues, vectors = (
+                cov[:, None].expand(count, dim),
+                torch.eye(dim, dtype=torch.float64).expand(count, -1, -1),
+            )
         else:
             eigenvalues, vectors = _positive_eigenbasis(cov)
         self._set(pi.log() - pi.sum().log(), mu, eigenvalues, vectors)
@@ -154,9 +159,7 @@ class GaussianMixture:
     def sample_labels(self, n: int, *, generator: torch.Generator) -> Tensor:
         """Draw n component indices, long (n,)."""
         _check_draw(n, generator)
-        return torch.multinomial(
-            self.weights.to(generator.device), n, replacement=True, generator=generator
-        )
+        return torch.multinomial(self.weights.to(generator.device), n, replacement=True, generator=generator)
 
     def sample(self, n: int, *, generator: torch.Generator, dtype: torch.dtype = torch.float64) -> Tensor:
         """Draw n exact samples.
@@ -200,9 +203,7 @@ class GaussianMixture:
             # Singular values of a root lose half as many digits as eigenvalues of its square.
             vectors, singular, _ = torch.linalg.svd(tilted.roots)
             values = singular.square()
-        return GaussianMixture._of(
-            log_weights - log_weights.logsumexp(0), self.means + tilted.shifts, values, vectors
-        )
+        return GaussianMixture._of(log_weights - log_weights.logsumexp(0), self.means + tilted.shifts, values, vectors)
 
     def log_normalizer(self, reward: QuadraticReward, *, kl_weight: float) -> float:
         """Return log Z = log E[exp(reward / kl_weight)]."""
@@ -298,7 +299,9 @@ def _positive_eigenbasis(covariances: Tensor) -> tuple[Tensor, Tensor]:
     scale = covariances.abs().amax((-1, -2))
     k = int((skew - 1e-9 * scale).argmax())
     if float(skew[k]) > 1e-9 * float(scale[k]):
-        raise ValueError(f"covariances must be symmetric, got entries that differ by {float(skew[k]):g} in component {k}")
+        raise ValueError(
+            f"covariances must be symmetric, got entries that differ by {float(skew[k]):g} in component {k}"
+        )
     symmetric = (covariances + covariances.mT) / 2
     values, vectors = torch.linalg.eigh(symmetric)
     # eigh errs by about eps times the largest eigenvalue: below that a value may as well be negative.

@@ -136,7 +136,9 @@ class Posterior:
         log_ratio = tilted.log_factors - (self.log_weights + tilted.log_factors).logsumexp(1, keepdim=True)
         # The larger of the two weights carries the difference, so neither of them may overflow.
         gained = torch.where(
-            log_ratio < 0, self.weights * log_ratio.expm1(), -(self.log_weights + log_ratio).exp() * (-log_ratio).expm1()
+            log_ratio < 0,
+            self.weights * log_ratio.expm1(),
+            -(self.log_weights + log_ratio).exp() * (-log_ratio).expm1(),
         )
         moved = (self.log_weights + log_ratio).exp().unsqueeze(-1) * tilted.shifts
         return (moved + gained.unsqueeze(-1) * (self.means - self.mean.unsqueeze(1))).sum(1)

@@ -35,9 +35,7 @@ class QuadraticReward:
         ValueError: neither given, shapes that do not fit, an entry that is not finite, Q not symmetric.
     """
 
-    def __init__(
-        self, linear: Numbers | None = None, quadratic: Numbers | None = None, constant: float = 0.0
-    ) -> None:
+    def __init__(self, linear: Numbers | None = None, quadratic: Numbers | None = None, constant: float = 0.0) -> None:
         if linear is None and quadratic is None:
             raise ValueError("a reward needs linear (d,), quadratic (d, d) or both, got neither; give one to fix d")
         b = None if linear is None else _finite(linear, "linear", 1)
@@ -158,6 +156,15 @@ def combine(
 
     Source: Diffusion Blend 2505.18547, equation for r(w).
     """
+    terms = [reward * weight for weight, reward in weighted_pairs(rewards, weights)]
+    return sum(terms[1:], start=terms[0])
+
+
+def weighted_pairs(
+    rewards: Mapping[str, QuadraticReward] | Sequence[QuadraticReward],
+    weights: Mapping[str, float] | Sequence[float],
+) -> list[tuple[float, QuadraticReward]]:
+    """Return (w_i, r_i) in the order of the rewards; arguments and errors as ``combine``."""
     named = dict(rewards) if isinstance(rewards, Mapping) else {str(i): r for i, r in enumerate(rewards)}
     if not named:
         raise ValueError("a combination needs at least one reward, got none")
@@ -165,20 +172,19 @@ def combine(
         unknown = [name for name in weights if name not in named]
         if unknown:
             raise ValueError(f"weights can name only {', '.join(named)}, got {', '.join(unknown)}; drop these")
-        pairs = [(weights.get(name, 0.0), reward) for name, reward in named.items()]
-    else:
-        if len(weights) != len(named):
-            raise ValueError(f"{len(named)} rewards need as many weights, got {len(weights)}; give one a reward")
-        pairs = list(zip(weights, named.values(), strict=True))
-    terms = [reward * weight for weight, reward in pairs]
-    return sum(terms[1:], start=terms[0])
+        return [(weights.get(name, 0.0), reward) for name, reward in named.items()]
+    if len(weights) != len(named):
+        raise ValueError(f"{len(named)} rewards need as many weights, got {len(weights)}; give one a reward")
+    return list(zip(weights, named.values(), strict=True))
 
 
 def _finite(values: Numbers, what: str, ndim: int) -> Tensor:
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} must be numbers of shape {'(d,)' if ndim == 1 else '(d, d)'}, got {values!r}") from error
+        raise TypeError(
+            f"{what} must be numbers of shape {'(d,)' if ndim == 1 else '(d, d)'}, got {values!r}"
+        ) from error
     if tensor.ndim != ndim:
         wanted = "(d,)" if ndim == 1 else "(d, d)"
         raise ValueError(f"{what} must have shape {wanted}, got {tuple(tensor.shape)}")

@@ -23,7 +23,7 @@ from sdeblend.score import ScoreFunction
 from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 from toy.mixture import GaussianMixture
 
-FEATURE_DIM = 4
+FEATURE_DIM = 12
 PREPARED_BYTES = 1 << 26
 KEPT_TIMES = 8
 
@@ -50,7 +50,9 @@ class MixtureStack:
             if not isinstance(mixture, GaussianMixture):
                 raise TypeError(f"a mixture stack needs GaussianMixtures, got {type(mixture).__name__} at {i}")
             if mixture.dim != self.mixtures[0].dim:
-                raise ValueError(f"mixtures of a stack must share their dimension, got {self.mixtures[0].dim} and {mixture.dim}")
+                raise ValueError(
+                    f"mixtures of a stack must share their dimension, got {self.mixtures[0].dim} and {mixture.dim}"
+                )
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"a mixture stack needs a NoiseSchedule, got {type(schedule).__name__}")
         self.dim = self.mixtures[0].dim
@@ -60,6 +62,7 @@ class MixtureStack:
         self._many: Kernel = Features(self._isotropic) if self._isotropic or self.dim <= FEATURE_DIM else Rows()
         self._few: dict[tuple[int, ...], Eigen] = {}
         self._all = tuple(range(len(self.mixtures)))
+        self._chosen = {self._all: self._parameters}
         self._grid: Tensor | None = None
         self._place: dict[float, int] = {}
         self._tables: dict[_Key, Coefficients] = {}
@@ -97,7 +100,9 @@ class MixtureStack:
             TypeError: x of another dtype.
         """
         if x.ndim != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"a mixture stack in {self.dim} dimensions needs a state (B, {self.dim}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"a mixture stack in {self.dim} dimensions needs a state (B, {self.dim}), got {tuple(x.shape)}"
+            )
         if x.dtype is not torch.float32 and x.dtype is not torch.float64:
             raise TypeError(f"a state must be float32 or float64, got {x.dtype}; call .float() on it")
         chosen = self._all if active is None else tuple(active)
@@ -117,7 +122,9 @@ class MixtureStack:
 
     def _find(self, time: float, few: bool, key: _Key) -> tuple[Kernel, tuple[int, ...], Tensor, Coefficients]:
         chosen, dtype, device = key
-        parameters = self._parameters.members(chosen)
+        parameters = self._chosen.get(chosen)
+        if parameters is None:
+            parameters = self._chosen[chosen] = self._parameters.members(chosen)
         if few and chosen not in self._few:
             self._few[chosen] = Eigen(parameters)
         kernel = self._few[chosen] if few else self._many
