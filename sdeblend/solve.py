@@ -104,7 +104,8 @@ def trajectory(
         noise: a generator, one a sample, or a noise source. Needed even if the step takes none: say which.
         step: the solver step; Euler-Maruyama by default.
         correct: "certify", "resample" or a ``Correction``; needs a ``Blend`` with constant coefficients and a
-            step with noise. "resample" alone derives the ancestors' generator from the noise generator's seed.
+            step with noise. With one row of coefficients a sample, samples of equal rows are the particles of
+            one problem. "resample" alone derives the ancestors' generator from the noise generator's seed.
 
     Raises:
         TypeError: a state or score of the wrong kind.
@@ -118,6 +119,8 @@ def trajectory(
     weights = None
     if correction is not None:
         assert isinstance(score, Blend)  # _correction has checked
+        if score.coefficients.ndim == 2:
+            correction = replace(correction, groups=_groups(score.coefficients, correction.groups))
         weights = Weights(correction, batch, x.device, bool((score.coefficients >= 0).all()))
     old: Tensor | None = None
     old_members: Tensor | None = None
@@ -192,6 +195,21 @@ def solve(
     )
 
 
+def _groups(coefficients: Tensor, given: Tensor | None) -> Tensor:
+    """Return which samples share a target, long (B,): those of equal coefficients, in order of appearance."""
+    _, rows = coefficients.unique(dim=0, return_inverse=True)
+    if given is None:
+        order = {row: i for i, row in enumerate(dict.fromkeys(rows.tolist()))}
+        return torch.tensor([order[row] for row in rows.tolist()])
+    mixed = [g for g in given.unique().tolist() if len(rows[given.cpu() == g].unique()) > 1]
+    if mixed:
+        raise ValueError(
+            f"particles of one group must share their coefficients, got several in group {mixed[0]}; give each preference "
+            "a group of its own, or leave groups out"
+        )
+    return given
+
+
 def _spread_of_means(move: Move, evaluation: Evaluation, old_members: Tensor | None) -> Tensor:
     """Return the spread of the members' transition means B S_i + C D_i,old, float64 (B,)."""
     if not move.c or old_members is None:
@@ -210,14 +228,18 @@ def _correction(
         if correct == "resample":
             first = noise[0] if isinstance(noise, (list, tuple)) else noise
             if not isinstance(first, torch.Generator):
-                raise ValueError("correct='resample' needs a generator, got a noise source; pass Correction('resample', generator=...)")
+                raise ValueError(
+                    "correct='resample' needs a generator, got a noise source; pass Correction('resample', generator=...)"
+                )
             generator = torch.Generator().manual_seed((first.initial_seed() + 1) % 2**63)
         correct = Correction(correct, generator=generator)
     if not isinstance(correct, Correction):
         raise TypeError(f"correct must be 'certify', 'resample', a Correction or None, got {correct!r}")
     if not isinstance(score, Blend) or not score.constant:
         what = "time-dependent coefficients" if isinstance(score, Blend) else type(score).__name__
-        raise ValueError(f"a certificate or correction needs a Blend with constant coefficients, got {what}; pass correct=None")
+        raise ValueError(
+            f"a certificate or correction needs a Blend with constant coefficients, got {what}; pass correct=None"
+        )
     if not step.stochastic:
         raise ValueError(
             f"a certificate or correction needs a step with noise, got {type(step).__name__} without; use "
