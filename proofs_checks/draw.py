@@ -1,4 +1,4 @@
-"""Problems drawn anew: a base mixture, rewards that pull apart, a preference and a KL weight."""
+"""Problems drawn anew for the checks that sample: a base, rewards that pull apart, a preference and a KL weight."""
 
 from __future__ import annotations
 
@@ -8,55 +8,41 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from toy.mixture import GaussianMixture
-from toy.rewards import QuadraticReward, combine
+from sdeblend import Blend, NoiseSchedule, Preference
+from toy import GaussianMixture, QuadraticReward
+from toy.problems import Problem, random_problem
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A blending problem with its closed forms.
+    """A problem and what is wanted of it."""
 
-    Attributes:
-        base: the pre-trained law.
-        rewards: r_i, unit variance under the base.
-        weights: w, one a reward, summing to one.
-        kl_weight: alpha of the members.
-        strength: lambda.
-    """
-
-    base: GaussianMixture
-    rewards: list[QuadraticReward]
-    weights: tuple[float, ...]
-    kl_weight: float
-    strength: float = 1.0
+    problem: Problem
+    preference: Preference
 
     @cached_property
-    def stack(self) -> list[GaussianMixture]:
+    def laws(self) -> list[GaussianMixture]:
         """The base, then the member tuned for each reward."""
-        return [self.base, *(self.base.tilt(reward, kl_weight=self.kl_weight) for reward in self.rewards)]
+        return [self.problem.base, *self.problem.members()]
 
     @property
     def coefficients(self) -> Tensor:
         """Coefficients over base and members, float64 (1 + m,), summing to one."""
-        members = [self.strength * weight for weight in self.weights]
-        return torch.tensor([1 - sum(members), *members], dtype=torch.float64)
-
-    @property
-    def reward(self) -> QuadraticReward:
-        """The target's reward, lambda r(w)."""
-        return combine(self.rewards, self.weights) * self.strength
+        return self.preference.coefficients(self.problem.names)
 
     @cached_property
     def target(self) -> GaussianMixture:
-        """The base tilted by lambda r(w) / alpha."""
-        return self.base.tilt(self.reward, kl_weight=self.kl_weight)
+        """The law that is wanted."""
+        return self.problem.target(self.preference)
 
     @property
     def log_normalizer(self) -> float:
-        """log E[W] in closed form: log Z of the target's reward less the sum of c_i log Z_i."""
-        parts = [self.base.log_normalizer(reward, kl_weight=self.kl_weight) for reward in self.rewards]
-        total = self.base.log_normalizer(self.reward, kl_weight=self.kl_weight)
-        return total - sum(float(c) * part for c, part in zip(self.coefficients[1:], parts, strict=True))
+        """log E[W] in closed form."""
+        return self.problem.blend_log_normalizer(self.preference)
+
+    def blend(self, schedule: NoiseSchedule) -> Blend:
+        """Return the blend of the scores of base and members."""
+        return Blend(self.problem.stack(schedule), self.preference)
 
 
 def uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -84,31 +70,18 @@ def draw_line(
         for sign, slope, bend in zip((1, -1), slopes, bends, strict=True)
     ]
     share = float(uniform(generator, 0.3, 0.7))
-    alpha = float(uniform(generator, *kl_weight))
-    return Drawn(base, rewards, (share, 1 - share), alpha, strength)
+    problem = Problem("drawn on the line", base, {"right": rewards[0], "left": rewards[1]}, float(uniform(generator, *kl_weight)))
+    return Drawn(problem, Preference({"right": share, "left": 1 - share}, strength))
 
 
 def draw_space(generator: torch.Generator, dim: int, strength: float) -> Drawn:
-    """Draw a problem in ``dim`` dimensions: full covariances, two linear and one quadratic reward.
+    """Draw a problem in ``dim`` dimensions: full covariances, three quadratic rewards.
 
     Args:
         generator: draws it.
         dim: dimension d.
         strength: lambda; above 1 the base's coefficient is negative.
     """
-    count = int(torch.randint(2, 5, (), generator=generator))
-    weights = uniform(generator, 0.5, 1.5, count)
-    roots = 0.3 * torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)
-    covariances = roots @ roots.mT + 0.15 * torch.eye(dim, dtype=torch.float64)
-    means = uniform(generator, -1.5, 1.5, count, dim)
-    base = GaussianMixture(weights / weights.sum(), means, covariances)
-    bend = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-    directions = torch.randn(3, dim, generator=generator, dtype=torch.float64)
-    raw = [
-        QuadraticReward(linear=directions[0]),
-        QuadraticReward(linear=directions[1]),
-        QuadraticReward(linear=directions[2], quadratic=bend @ bend.T / dim),
-    ]
+    problem = random_problem(generator, dim, 3, 3, kl_weight=float(uniform(generator, 0.5, 1.5)))
     share = uniform(generator, 0.5, 1.5, 3)
-    preference = tuple((share / share.sum()).tolist())
-    return Drawn(base, [r.normalized(base) for r in raw], preference, float(uniform(generator, 0.5, 1.5)), strength)
+    return Drawn(problem, Preference(dict(zip(problem.names, (share / share.sum()).tolist(), strict=True)), strength))

@@ -21,7 +21,7 @@ from torch import Tensor
 from proofs_checks.chains import line_nodes, member_means, normal_density, transition
 from proofs_checks.check import Measurement, Outcome, Settings
 from proofs_checks.draw import Drawn, draw_line, draw_space, uniform
-from sdeblend import BackwardSDE, Blend, EulerMaruyama, OneMemberPerStep, ReplayNoise, VPLinear, solve, time_grid
+from sdeblend import BackwardSDE, Blend, EulerMaruyama, OneMemberPerStep, Preference, ReplayNoise, VPLinear, solve, time_grid
 from sdeblend.select import PERIOD, Selection, systematic_sequence
 from toy.problems import ring8
 from toy.stack import MixtureStack
@@ -130,23 +130,23 @@ def slope(steps: tuple[int, ...], errors: list[float]) -> float:
 def _one_step(settings: Settings) -> tuple[float, float, float, float]:
     """One step without noise from one point, many draws: covariance and frequencies against their formulas."""
     generator = settings.generator("proposition_2.one_step")
-    problem, schedule, rows = draw_space(generator, 3, 0.8), VPLinear(), 20_000
+    drawn, schedule, rows = draw_space(generator, 3, 0.8), VPLinear(), 20_000
     x = torch.randn(3, generator=generator, dtype=torch.float64)
     t = float(uniform(generator, 0.2, 0.8))
     h = 0.02
     grid = torch.tensor([t, t - h], dtype=torch.float64)
     start = x.expand(rows, 3).clone()
-    one = OneMemberPerStep(MixtureStack(problem.stack, schedule), problem.coefficients, grid, rows, method="independent", generator=generator)
+    one = OneMemberPerStep(drawn.problem.stack(schedule), drawn.coefficients, grid, rows, method="independent", generator=generator)
     end = solve(BackwardSDE(schedule, one), start, grid, noise=ReplayNoise([torch.zeros_like(start)])).samples
     measured = torch.cov(end.T, correction=0)
-    scores = torch.stack([_autograd_score(member.noised(schedule, t).log_prob, x) for member in problem.stack])
+    scores = torch.stack([_autograd_score(member.noised(schedule, t).log_prob, x) for member in drawn.laws])
     count = torch.bincount(one.index[0].long(), minlength=len(scores)).double()
     share = count / rows
     centred = scores - share @ scores
     variance = (centred.T * share) @ centred
     g4 = float(schedule.diffusion_sq(t)) ** 2
     error, control = (float((measured - k * variance).norm() / measured.norm()) for k in (h**2 * g4, h * g4))
-    w = problem.coefficients
+    w = drawn.coefficients
     z, swapped = (float(((share - p) / (p * (1 - p) / rows).sqrt()).abs().max()) for p in (w, w.roll(1)))
     return error, control, z, swapped
 
@@ -159,15 +159,15 @@ def _autograd_score(log_prob, x: Tensor) -> Tensor:  # noqa: ANN001 - any differ
 def _draw_rational(settings: Settings, i: int) -> Drawn:
     """Draw a line problem whose weights are fifths, so that systematic draws have five different sequences."""
     generator = settings.generator(f"proposition_2.problem.{i}")
-    problem = draw_line(generator, (0.75, 1.5))
+    drawn = draw_line(generator, (0.75, 1.5))
     fifths = int(torch.randint(2, 4, (), generator=generator))
-    return replace(problem, weights=(fifths / 5, 1 - fifths / 5))
+    return replace(drawn, preference=Preference({"right": fifths / 5, "left": 1 - fifths / 5}))
 
 
-def _distances(problem: Drawn, generator: torch.Generator, sequences: int) -> dict[str, list[float]]:
+def _distances(drawn: Drawn, generator: torch.Generator, sequences: int) -> dict[str, list[float]]:
     """Return total variation to the blend's chain at each number of steps, by how members are drawn."""
     # Both chains start from the same law and stop at t = .05: laws agree there or nowhere, and wide nodes will do.
-    schedule, w = VPLinear(t_min=0.05), torch.tensor(problem.weights, dtype=torch.float64)
+    schedule, w = VPLinear(t_min=0.05), drawn.coefficients[1:]
     wrong = w + torch.tensor([WRONG_SHARE, -WRONG_SHARE], dtype=torch.float64)
     out: dict[str, list[float]] = {name: [] for name in ("independent", "systematic", "shared", "wrong")}
     for n in STEPS:
@@ -176,14 +176,14 @@ def _distances(problem: Drawn, generator: torch.Generator, sequences: int) -> di
         starts = systematic_sequence(w[None], PERIOD + n)[0].unfold(0, n, 1)[:PERIOD]
         systematic, count = starts.unique(dim=0, return_counts=True)
         shared = torch.multinomial(w, sequences * n, replacement=True, generator=generator).reshape(sequences, n)
-        drawn = torch.cat([systematic, shared.to(systematic)])
+        sequence = torch.cat([systematic, shared.to(systematic)])
         blend = normal_density(nodes)
-        laws = blend[:, None].repeat(1, 2 + len(drawn))
+        laws = blend[:, None].repeat(1, 2 + len(sequence))
         for k, move in enumerate(moves):
-            means = member_means(problem.stack[1:], schedule, move, nodes)
+            means = member_means(drawn.laws[1:], schedule, move, nodes)
             first, second = transition(nodes, means, move.g**2) @ laws
             blend = transition(nodes, w @ means, move.g**2) @ blend
-            laws = torch.where(drawn[:, k] == 0, first[:, 2:], second[:, 2:])
+            laws = torch.where(sequence[:, k] == 0, first[:, 2:], second[:, 2:])
             averaged = [p[0] * first[:, j] + p[1] * second[:, j] for j, p in enumerate((w, wrong))]
             laws = torch.cat([torch.stack(averaged, 1), laws], 1)
         average = laws[:, 2 : 2 + len(systematic)] @ (count.double() / PERIOD)
@@ -197,10 +197,9 @@ def _distances(problem: Drawn, generator: torch.Generator, sequences: int) -> di
 
 def _ring(settings: Settings) -> dict[str, float]:
     """Return covariance errors on the ring against the blend, all on one noise, with standard errors."""
-    problem, schedule = ring8(), VPLinear()
+    problem, schedule = ring8().with_kl_weight(0.25), VPLinear()
     generator, batch = settings.generator("proposition_2.ring"), settings.choose(40_000, 100_000)
-    members = [problem.base.tilt(reward, kl_weight=0.25) for reward in problem.rewards.values()]
-    stack, grid = MixtureStack(members, schedule), time_grid(schedule, RING_STEPS)
+    stack, grid = MixtureStack(problem.members(), schedule), time_grid(schedule, RING_STEPS)
     share = float(uniform(generator, 0.4, 0.6))
     w = torch.tensor([share, 1 - share], dtype=torch.float64)
     start, seed = schedule.prior((batch, 2), generator=generator), int(torch.randint(2**31, (), generator=generator))
