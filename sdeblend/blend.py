@@ -74,7 +74,9 @@ class Preference:
         order = self.names if names is None else tuple(names)
         unknown = [name for name in self.names if name not in order]
         if unknown:
-            raise ValueError(f"a preference can weigh only {', '.join(order)}, got {', '.join(unknown)}; load it or drop it")
+            raise ValueError(
+                f"a preference can weigh only {', '.join(order)}, got {', '.join(unknown)}; load it or drop it"
+            )
         zero = torch.zeros((), dtype=torch.float64)
         columns = torch.broadcast_tensors(*[self.strength * self.weights.get(name, zero) for name in order])
         members = torch.stack(list(columns), dim=-1)
@@ -256,7 +258,9 @@ def check_coefficients(coefficients: Tensor, count: int) -> Tensor:
     """
     c = coefficients
     if c.ndim not in (1, 2) or c.shape[-1] != count:
-        raise ValueError(f"a blend of {count} members needs coefficients of shape ({count},) or (B, {count}), got {tuple(c.shape)}")
+        raise ValueError(
+            f"a blend of {count} members needs coefficients of shape ({count},) or (B, {count}), got {tuple(c.shape)}"
+        )
     if not bool(c.isfinite().all()):
         raise ValueError(f"blend coefficients must be finite, got {_show(c)}; remove the member or give it 0")
     excess = c.sum(-1) - 1

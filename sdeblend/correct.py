@@ -170,7 +170,8 @@ def systematic_resample(log_weights: Tensor, generator: torch.Generator) -> Tens
     edges = log.softmax(0).cumsum(0)
     edges[-1] = 1.0
     count = len(log)
-    points = (torch.arange(count, dtype=torch.float64) + torch.rand(1, generator=generator, dtype=torch.float64)) / count
+    offset = torch.rand(1, generator=generator, dtype=torch.float64)
+    points = (torch.arange(count, dtype=torch.float64) + offset) / count
     return torch.searchsorted(edges, points).clamp(max=count - 1).to(log_weights.device)
 
 
@@ -194,7 +195,9 @@ class Weights:
     def __init__(self, correction: Correction, batch: int, device: torch.device, nonnegative: bool) -> None:
         self.correction, self.nonnegative = correction, nonnegative
         if correction.mode == "resample" and correction.generator is None:
-            raise ValueError("resampling needs a generator of its own, got None; pass Correction('resample', generator=...)")
+            raise ValueError(
+                "resampling needs a generator of its own, got None; pass Correction('resample', generator=...)"
+            )
         groups = torch.zeros(batch, dtype=torch.long) if correction.groups is None else correction.groups.long().cpu()
         if groups.shape != (batch,):
             raise ValueError(f"groups must name one problem a sample, shape ({batch},), got {tuple(groups.shape)}")

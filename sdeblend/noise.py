@@ -74,7 +74,9 @@ class ReplayNoise:
     def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
         if n >= len(self.draws) or self.draws[n].shape != like.shape:
             got = f"{len(self.draws)} draws" if n >= len(self.draws) else f"shape {tuple(self.draws[n].shape)}"
-            raise ValueError(f"the noise of step {n} must have shape {tuple(like.shape)}, got {got}; record it on this run's grid")
+            raise ValueError(
+                f"the noise of step {n} must have shape {tuple(like.shape)}, got {got}; record it on this run's grid"
+            )
         return self.draws[n].to(like)
 
 
@@ -97,7 +99,9 @@ class BrownianNoise:
     def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
         places = [self._place.get(round(float(u), 12)) for u in (t, s)]
         if places[0] is None or places[1] is None:
-            raise ValueError(f"a Brownian path is known on its own grid only, got the step {float(t):g} -> {float(s):g}")
+            raise ValueError(
+                f"a Brownian path is known on its own grid only, got the step {float(t):g} -> {float(s):g}"
+            )
         increment = self.path[places[1]] - self.path[places[0]]
         return (increment / (float(t) - float(s)) ** 0.5).to(like)
 

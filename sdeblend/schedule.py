@@ -185,7 +185,9 @@ class VPCosine(_VariancePreserving):
 
     def __init__(self, offset: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> None:
         if not 0 < offset < 1 or not 0 < t_max < 1:
-            raise ValueError(f"VPCosine needs 0 < offset < 1 and 0 < t_max < 1, got {offset} and {t_max}; try 0.008, 0.9946")
+            raise ValueError(
+                f"VPCosine needs 0 < offset < 1 and 0 < t_max < 1, got {offset} and {t_max}; try 0.008, 0.9946"
+            )
         self.offset, self.t_min, self.t_max = float(offset), _check_t_min(t_min, t_max), float(t_max)
         self._rate = math.pi / 2 / (1 + offset)
         self._log_start = math.log(math.cos(self._rate * offset))
@@ -291,7 +293,9 @@ class KarrasVE(NoiseSchedule):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not (0 < sigma_min < sigma_max and math.isfinite(sigma_max)):
-            raise ValueError(f"KarrasVE needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}; try 0.002, 80")
+            raise ValueError(
+                f"KarrasVE needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}; try 0.002, 80"
+            )
         self.t_min, self.t_max = float(sigma_min), float(sigma_max)
 
     def log_alpha(self, t: Time) -> Tensor:

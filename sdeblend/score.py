@@ -21,7 +21,7 @@ Source: Salimans and Ho 2202.00512 (v); Lipman et al. 2210.02747 (flow).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class ScoreStack(Protocol):
     def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None, /) -> Tensor: ...
 
 
-def restrict_rows(function, index: Tensor):  # noqa: ANN001, ANN201 - a score function or a stack, as given
+def restrict_rows(function: Any, index: Tensor) -> Any:  # a score function or a stack, as given
     """Return ``function`` for the batch rows ``index`` only: itself unless it is bound to its batch."""
     rows = getattr(function, "rows", None)
     return function if rows is None else rows(index)

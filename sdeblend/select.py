@@ -108,10 +108,11 @@ def select_members(
         cumulative = probabilities.cumsum(-1)[..., :-1].expand(batch, -1)
         draws = [(_uniform(batch, generator)[:, None] >= cumulative).sum(1).to(torch.int16) for _ in range(steps)]
         return torch.stack(draws)
-    rows, owner = (probabilities[None], None) if probabilities.ndim == 1 else probabilities.unique(dim=0, return_inverse=True)
+    rows, row = probabilities[None], torch.zeros(batch, dtype=torch.long)
+    if probabilities.ndim == 2:
+        rows, row = probabilities.unique(dim=0, return_inverse=True)
     sequence = systematic_sequence(rows, PERIOD + steps)
     start = (_uniform(batch, generator) * PERIOD).long()
-    row = torch.zeros(batch, dtype=torch.long) if owner is None else owner
     return torch.stack([sequence[row, start + n] for n in range(steps)])
 
 
@@ -168,7 +169,9 @@ class OneMemberPerStep:
         """Return each sample's own member's score (B, *event); one evaluation a sample."""
         place = self._place.get(float(t))
         if place is None:
-            raise ValueError(f"one member a step is drawn for the times of its grid, got t = {float(t):g}; solve on that grid")
+            raise ValueError(
+                f"one member a step is drawn for the times of its grid, got t = {float(t):g}; solve on that grid"
+            )
         return member_scores(self.stack, x, t, self.index[place].to(x.device))
 
     def rows(self, index: Tensor) -> OneMemberPerStep:
