@@ -41,18 +41,23 @@ class Preference:
         strength: lambda, the target's inverse KL weight relative to the members'; 0 base, 1 as tuned. May be (B,).
 
     Raises:
-        ValueError: no weight, or one that is not finite.
+        ValueError: no weight, one that is not finite, or arrays of different lengths.
         TypeError: weights that are not numbers.
     """
 
     def __init__(
         self, weights: Mapping[str, float | Tensor] | Sequence[float | Tensor], strength: float | Tensor = 1.0
     ) -> None:
+        if not isinstance(weights, (Mapping, Sequence, Tensor)) or isinstance(weights, str):
+            raise TypeError(f"a preference needs weights by name or in order, got {weights!r}; give {{'name': weight}}")
         named = dict(weights) if isinstance(weights, Mapping) else {str(i): w for i, w in enumerate(weights)}
         if not named:
             raise ValueError("a preference needs at least one weight, got none; give {'name': weight}")
         self.weights = {name: _number(value, f"the weight of {name!r}") for name, value in named.items()}
         self.strength = _number(strength, "the strength")
+        batches = sorted({len(w) for w in (*self.weights.values(), self.strength) if w.ndim})
+        if len(batches) > 1:
+            raise ValueError(f"weights and strength must fit one batch, got {batches[0]} and {batches[-1]} rows")
 
     @property
     def names(self) -> tuple[str, ...]:
