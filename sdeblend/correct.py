@@ -135,8 +135,8 @@ class Certificate:
         )
 
     def __str__(self) -> str:
-        relation = "" if self.normalised else "at most "
-        return f"{relation}{self.value:.4g} +- {self.standard_error:.2g} nats (effective samples {self.ess_fraction:.0%})"
+        value = f"{'' if self.normalised else 'at most '}{self.value:.4g} +- {self.standard_error:.2g} nats"
+        return f"{value} (effective samples {self.ess_fraction:.0%})"
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

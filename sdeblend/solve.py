@@ -204,8 +204,8 @@ def _groups(coefficients: Tensor, given: Tensor | None) -> Tensor:
     mixed = [g for g in given.unique().tolist() if len(rows[given.cpu() == g].unique()) > 1]
     if mixed:
         raise ValueError(
-            f"particles of one group must share their coefficients, got several in group {mixed[0]}; give each preference "
-            "a group of its own, or leave groups out"
+            f"particles of one group must share their coefficients, got several in group {mixed[0]}; give each "
+            "preference a group of its own, or leave groups out"
         )
     return given
 
@@ -229,7 +229,8 @@ def _correction(
             first = noise[0] if isinstance(noise, (list, tuple)) else noise
             if not isinstance(first, torch.Generator):
                 raise ValueError(
-                    "correct='resample' needs a generator, got a noise source; pass Correction('resample', generator=...)"
+                    "correct='resample' needs a generator, got a noise source; "
+                    "pass Correction('resample', generator=...)"
                 )
             generator = torch.Generator().manual_seed((first.initial_seed() + 1) % 2**63)
         correct = Correction(correct, generator=generator)
