@@ -25,7 +25,7 @@ class NoiseSource(Protocol):
 
 
 class BatchNoise:
-    """One generator for the whole batch.
+    """One generator for the whole batch; it draws in memory order, so a state of another layout sees other draws.
 
     Args:
         generator: on the device of the state.

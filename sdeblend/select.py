@@ -94,6 +94,8 @@ def select_members(
     """
     if method not in get_args(Selection):
         raise ValueError(f"the selection must be one of {', '.join(get_args(Selection))}, got {method!r}")
+    if not isinstance(generator, (torch.Generator, list, tuple)):
+        raise TypeError(f"a selection needs a torch.Generator of its own, got {type(generator).__name__}; seed one")
     if not isinstance(generator, torch.Generator) and (method == "shared" or len(generator) != batch):
         raise ValueError(
             f"selection {method!r} of {batch} samples got {len(generator)} generators; give one generator"
