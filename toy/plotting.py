@@ -272,7 +272,9 @@ def compare_figure(
         members = {name: law.marginal(chosen) for name, law in members.items()}
         clouds = {name: Cloud(c.points[:, chosen], c.log_weights, c.title) for name, c in clouds.items()}
     window = window_of([base, target, *members.values()], list(clouds.values()))
-    figure, plain = panels(1 + len(clouds), height=3.1 if base.dim == 1 else 3.9)
+    count = 1 + len(clouds)
+    columns = 2 if count == 4 else 3 if count <= 6 else 4
+    figure, plain = panels(count, columns=columns, height=3.1 if base.dim == 1 else 3.9)
     grid = [_with_strips(figure, axes) if above_the_plane else [axes] for axes in plain]
     laws = [(base, style_of("base"))]
     laws += [(law, member_style(i, name)) for i, (name, law) in enumerate(members.items())]
