@@ -55,7 +55,7 @@ def check(settings: Settings) -> Outcome:
     step_error, step_control, frequency, frequency_control = _one_step(settings)
     problems = [_draw_rational(settings, i) for i in range(settings.choose(1, 3))]
     sequences = settings.choose(12, 32)
-    tables = [_distances(problem, settings.generator(f"proposition_2.shared.{i}"), sequences)
+    tables = [line_distances(problem, settings.generator(f"proposition_2.shared.{i}"), sequences)
               for i, problem in enumerate(problems)]
     slopes = [{name: slope(STEPS, row) for name, row in table.items()} for table in tables]
     ring = _ring(settings)
@@ -164,30 +164,51 @@ def _draw_rational(settings: Settings, i: int) -> Drawn:
     return replace(drawn, preference=Preference({"right": fifths / 5, "left": 1 - fifths / 5}))
 
 
-def _distances(drawn: Drawn, generator: torch.Generator, sequences: int) -> dict[str, list[float]]:
-    """Return total variation to the blend's chain at each number of steps, by how members are drawn."""
+def line_distances(
+    drawn: Drawn, generator: torch.Generator, sequences: int, steps: tuple[int, ...] = STEPS
+) -> dict[str, list[float]]:
+    """Return total variations on the line, by quadrature, at each number of steps.
+
+    Args:
+        drawn: a problem on the line with two rewards and strength 1; weights of a short period keep this quick.
+        generator: draws the sequences that a batch shares.
+        sequences: how many of these are averaged.
+        steps: numbers of steps.
+
+    Returns:
+        to the blend's chain, by how members are drawn: "independent", "systematic", "shared", and "wrong" for
+        probabilities off by ``WRONG_SHARE``; and to the exact target, for scale: "blend to target", "control to target"
+        (the chain of the target's own score).
+    """
     # Both chains start from the same law and stop at t = .05: laws agree there or nowhere, and wide nodes will do.
     schedule, w = VPLinear(t_min=0.05), drawn.coefficients[1:]
     wrong = w + torch.tensor([WRONG_SHARE, -WRONG_SHARE], dtype=torch.float64)
     out: dict[str, list[float]] = {name: [] for name in ("independent", "systematic", "shared", "wrong")}
-    for n in STEPS:
+    out |= {"blend to target": [], "control to target": []}
+    for n in steps:
         moves = EulerMaruyama().plan(schedule, time_grid(schedule, n, to_zero=False))
         nodes = line_nodes(moves)
         starts = systematic_sequence(w[None], PERIOD + n)[0].unfold(0, n, 1)[:PERIOD]
         systematic, count = starts.unique(dim=0, return_counts=True)
         shared = torch.multinomial(w, sequences * n, replacement=True, generator=generator).reshape(sequences, n)
         sequence = torch.cat([systematic, shared.to(systematic)])
-        blend = normal_density(nodes)
+        blend = control = normal_density(nodes)
         laws = blend[:, None].repeat(1, 2 + len(sequence))
         for k, move in enumerate(moves):
             means = member_means(drawn.laws[1:], schedule, move, nodes)
             first, second = transition(nodes, means, move.g**2) @ laws
             blend = transition(nodes, w @ means, move.g**2) @ blend
+            own = member_means([drawn.target], schedule, move, nodes)[0]
+            control = transition(nodes, own, move.g**2) @ control
             laws = torch.where(sequence[:, k] == 0, first[:, 2:], second[:, 2:])
             averaged = [p[0] * first[:, j] + p[1] * second[:, j] for j, p in enumerate((w, wrong))]
             laws = torch.cat([torch.stack(averaged, 1), laws], 1)
         average = laws[:, 2 : 2 + len(systematic)] @ (count.double() / PERIOD)
-        distance = (torch.cat([laws, average[:, None]], 1) - blend[:, None]).abs().sum(0) * float(nodes[1] - nodes[0]) / 2
+        half = float(nodes[1] - nodes[0]) / 2
+        distance = (torch.cat([laws, average[:, None]], 1) - blend[:, None]).abs().sum(0) * half
+        exact = drawn.target.noised(schedule, schedule.t_min).log_prob(nodes[:, None]).exp()
+        out["blend to target"].append(float((blend - exact).abs().sum() * half))
+        out["control to target"].append(float((control - exact).abs().sum() * half))
         out["independent"].append(float(distance[0]))
         out["wrong"].append(float(distance[1]))
         out["shared"].append(float(distance[2 + len(systematic) : -1].mean()))
