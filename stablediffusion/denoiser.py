@@ -65,7 +65,7 @@ class TextEmbeddings:
         if not bool(same.any(1).all()):
             raise ValueError(
                 f"member {member!r} changes the text encoder and needs prompts as text, got embeddings that "
-                "encode_prompt did not make; pass prompt= instead of prompt_embeds="
+                "encode_prompt did not make; pass prompt="
             )
         mapped = torch.cat([o for _, o in pairs]).to(given)[same.int().argmax(1)]
         self._known[member] = [*known[-3:], (given, mapped)]

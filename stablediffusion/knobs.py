@@ -6,6 +6,7 @@ Each denoiser call is one evaluation of the core's ``Blend`` (or ``OneMemberPerS
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -250,6 +251,12 @@ class Knobs:
 
     def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encode the prompt once for the base and once for each member with a text-encoder LoRA."""
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        if given.get("prompt_embeds") is not None:
+            names = ", ".join(member.name for member in self.members.text_members)
+            raise ValueError(
+                f"members that change the text encoder ({names}) need prompts as text, got prompt_embeds; pass prompt="
+            )
         if self._place >= 0:
             self._stack.embeddings.clear()
             self._place, self._seen = -1, None

@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -99,7 +101,7 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    parts = source.split("/")
+    parts = [] if source.startswith(("/", ".", "~")) else source.split("/")
     try:
         if len(parts) > 2 and Path(source).suffix:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
@@ -235,7 +237,7 @@ def load_lora(pipe: Any, source: str | Path | Mapping[str, Tensor], adapter: str
         with tempfile.TemporaryDirectory() as folder:
             # through a file, because only there does diffusers read the metadata
             name = _write(file, Path(folder) / "lora.safetensors").name
-            with _quiet_transformers():
+            with _no_false_alarms():
                 pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
         return _check_arrived(file, components, adapter)
     except BaseException:
@@ -247,6 +249,9 @@ def remove_adapter(pipe: Any, adapter: str) -> None:
     """Remove an adapter from every component; the last one takes the LoRA layers with it."""
     for module in lora_components(pipe).values():
         if adapter in getattr(module, "peft_config", {}):
+            for layer in (m for m in module.modules() if isinstance(m, BaseTunerLayer)):
+                # else peft activates another adapter in its place
+                layer.__dict__["_active_adapter"] = [n for n in layer.active_adapters if n != adapter]
             delete_adapter_layers(module, adapter)
             if not getattr(module, "peft_config", None):
                 recurse_remove_peft_layers(module)
@@ -263,12 +268,12 @@ def _write(file: LoraFile, path: Path) -> Path:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence a report that calls every base weight newly initialised (a test compares them), and a warning about
-    the second adapter of a network.
-    """
+def _no_false_alarms() -> Iterator[None]:
+    """Silence base weights "newly initialised" (a test compares them), files for one component, second adapters."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    other = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
+    diffusers_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -276,6 +281,7 @@ def _quiet_transformers() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
+        diffusers_logging.set_verbosity(other)
         if bar:
             logging.enable_progress_bar()
 

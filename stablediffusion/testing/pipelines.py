@@ -60,7 +60,8 @@ def tiny_pipeline(
         parts = _components(family, task)
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
-            part.to(dtype).eval().requires_grad_(False)
+            # past diffusers' own ``to``, which warns about float32 modules that there are none of
+            torch.nn.Module.to(part, dtype).eval().requires_grad_(False)
     parts["scheduler"] = scheduler if scheduler is not None else networks.scheduler(family)
     return _assemble(family, task, parts)
 

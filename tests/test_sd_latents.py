@@ -1,0 +1,194 @@
+"""Scores on latents: the core's solver samples a pipeline, and both backends run the same core code."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+
+import sdeblend
+import sdeblend.blend
+from sdeblend import Ancestral, BackwardSDE, Blend, Preference, solve, time_grid
+from sdeblend.score import conversion
+from stablediffusion import blend, load_members, pipeline_score, schedule_of, scheduler_grid
+from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
+
+WEIGHTS = Preference({"a": 0.5, "b": 0.7}, strength=1.1)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def with_members(folder, family="sd15", **options):
+    pipe = tiny_pipeline(family, seed=1, **options)
+    paths = {n: tiny_lora(pipe, folder / f"{n}.safetensors", seed=i + 1, scale=0.3) for i, n in enumerate("ab")}
+    return pipe, load_members(pipe, paths)
+
+
+def sample(stack, preference=WEIGHTS, steps=6, start=None, noise=None, **options):
+    sde = BackwardSDE(stack.schedule, Blend(stack, preference.coefficients(stack.names)))
+    start = stack.prior(seeded()) if start is None else start
+    grid = options.pop("grid", None)
+    grid = time_grid(stack.schedule, steps) if grid is None else grid
+    return solve(sde, start, grid, noise=noise or seeded(1), step=Ancestral(), **options)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ancestral_step_equals_ddim_over_a_whole_run(prediction, steps):
+    """The core's step on the scheduler's own grid against ``DDIMScheduler.step``; the linspace grid is the control."""
+    pipe = tiny_pipeline("sd15")
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type=prediction)
+    schedule, kind = schedule_of(pipe)
+    g = seeded()
+    mix = torch.randn(4, 4, generator=g, dtype=torch.float64) * 0.5
+
+    def network(x, t):
+        return torch.tanh(torch.einsum("ij,bjhw->bihw", mix, x)) * (1 + 0.001 * t)
+
+    def score(x, t):
+        p, q = conversion(schedule, t, kind, "score")
+        return float(p) * x + float(q) * network(x, float(schedule.timestep(t)))
+
+    start = torch.randn(2, 4, 8, 8, generator=g, dtype=torch.float64)
+    x = start.clone()
+    pipe.scheduler.set_timesteps(steps)
+    noise = seeded(1)
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(network(x, float(t)), t, x, eta=1.0, generator=noise).prev_sample
+    sde = BackwardSDE(schedule, score)
+    errors = []
+    for grid in (scheduler_grid(pipe, steps), time_grid(schedule, steps, to_zero=False)):
+        got = solve(sde, start, grid, noise=seeded(1), step=Ancestral()).samples
+        errors.append(float((got - x).norm() / x.norm()))
+    assert errors[0] < 1e-5
+    assert errors[1] > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_solver_equals_the_pipeline_on_its_own_grid(family, tmp_path):
+    pipe, members = with_members(tmp_path, family, dtype=torch.float64)
+    start = torch.randn(2, 4, 8, 8, generator=seeded(), dtype=torch.float64)
+    call = tiny_call(pipe, 10) | {"output_type": "latent", "eta": 1.0, "negative_prompt": "blue", "guidance_scale": 4.0}
+    with blend(pipe, members, WEIGHTS) as knobs:
+        expected = pipe("a red circle", generator=seeded(1), num_images_per_prompt=2, latents=start, **call).images
+        nats = knobs.nats
+    stack = pipeline_score(
+        pipe, "a red circle", members=members, negative_prompt="blue", guidance_scale=4.0, images=2, height=16, width=16
+    )
+    grid = scheduler_grid(pipe, 10)
+    solution = sample(stack, start=start, grid=grid, correct="certify")
+    torch.testing.assert_close(solution.samples, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(solution.certificate.per_sample, nats, rtol=1e-3, atol=0)
+    other = sample(stack, Preference({"a": 0.5, "b": 0.6}), start=start, grid=grid)
+    assert (other.samples - expected).abs().max() > 1e-3
+    images = stack.decode(solution.samples, "np")
+    decoded = pipe.vae.decode(expected / pipe.vae.config.scaling_factor).sample
+    reference = pipe.image_processor.postprocess(decoded.detach(), output_type="np")
+    assert abs(images - reference).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_flow_ode_equals_the_pipeline(family, tmp_path):
+    """Velocities blended by the pipeline, and the same velocities out of the scores: one ODE."""
+    pipe, members = with_members(tmp_path, family, dtype=torch.float64)
+    options = {"guidance_scale": 3.0, "negative_prompt": "blue", "height": 16, "width": 16}
+    stack = pipeline_score(pipe, "a red circle", members=members, **options)
+    call = tiny_call(pipe, 6) | {"output_type": "latent", "negative_prompt": "blue"}
+    call["true_cfg_scale" if family == "flux" else "guidance_scale"] = 3.0
+    start = torch.randn(stack.shape, generator=seeded(), dtype=torch.float64)
+    with blend(pipe, members, WEIGHTS):
+        expected = pipe("a red circle", generator=seeded(1), latents=start, **call).images
+        sigmas = pipe.scheduler.sigmas.double()
+    score = Blend(stack, WEIGHTS.coefficients(stack.names))
+    x = start
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        t = now.clamp(max=1 - 1e-9)
+        p, q = conversion(stack.schedule, t, "score", "flow")
+        x = x + (then - now) * (float(p) * x + float(q) * score(x, t))
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    assert stack.decode(x, "np").shape == (1, 16, 16, 3)
+
+
+@pytest.mark.rng_untouched
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_do_not_depend_on_the_batch(family, tmp_path):
+    pipe, members = with_members(tmp_path, family)
+    options = {"members": members, "guidance_scale": 2.0, "height": 16, "width": 16}
+    four = pipeline_score(pipe, ["a red circle", "blue"], images=2, **options)
+    many = [seeded(i) for i in range(4)], [seeded(10 + i) for i in range(4)]
+    together = sample(four, start=four.prior(many[0]), noise=many[1]).samples
+    one = pipeline_score(pipe, "blue", **options)
+    alone = sample(one, start=one.prior([seeded(3)]), noise=[seeded(13)]).samples
+    torch.testing.assert_close(together[3:], alone, rtol=2e-3, atol=2e-3)
+    assert (together[3] - together[2]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_rows_are_the_whole_batch_restricted(batched, tmp_path):
+    pipe, members = with_members(tmp_path, dtype=torch.float64)
+    text = tiny_lora(pipe, tmp_path / "t.safetensors", seed=5, target="text-encoder", scale=3.0)
+    members.remove()
+    members = load_members(pipe, {"a": tmp_path / "a.safetensors", "t": text})
+    stack = pipeline_score(pipe, ["a", "b", "c"], members=members, batched=batched, height=16, width=16)
+    x = torch.randn(stack.shape, generator=seeded(), dtype=torch.float64)
+    t, index = torch.tensor(0.5, dtype=torch.float64), torch.tensor([2, 0])
+    whole = stack(x, t)
+    torch.testing.assert_close(stack.rows(index)(x[index], t), whole[:, index])
+    torch.testing.assert_close(stack(x, t, [2]), whole[2:])
+    assert (whole[0] - whole[2]).abs().max() > 1e-6
+    assert (whole[0, 0] - whole[0, 2]).abs().max() > 1e-3
+
+
+def test_both_backends_run_the_cores_blend(tmp_path, monkeypatch):
+    """Everything that is blended, anywhere, goes through ``sdeblend.blend.combine`` and ``Blend.evaluate``."""
+    calls = {"combine": 0, "evaluate": 0}
+    combine, evaluate = sdeblend.blend.combine, Blend.evaluate
+
+    def counted_combine(*args):
+        calls["combine"] += 1
+        return combine(*args)
+
+    def counted_evaluate(self, *args):
+        calls["evaluate"] += 1
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(sdeblend.blend, "combine", counted_combine)
+    monkeypatch.setattr(Blend, "evaluate", counted_evaluate)
+    pipe, members = with_members(tmp_path)
+    with blend(pipe, members, WEIGHTS, correct=None):
+        pipe("a", generator=seeded(), **tiny_call(pipe, 4))
+    assert calls == {"combine": 4, "evaluate": 4}
+    stack = pipeline_score(pipe, "a", members=members, height=16, width=16)
+    sample(stack, steps=5)
+    assert calls == {"combine": 9, "evaluate": 9}
+    schedule = sdeblend.VPLinear()
+    functions = [lambda x, t, m=m: m - x for m in (0.0, 1.0, 2.0)]
+    mixture = BackwardSDE(schedule, Blend(functions, WEIGHTS))
+    solve(mixture, torch.zeros(3, 2), time_grid(schedule, 5), noise=seeded(), step=Ancestral())
+    assert calls == {"combine": 14, "evaluate": 14}
+    # the control: poison the core's one function and both backends follow
+    monkeypatch.setattr(sdeblend.blend, "combine", lambda members, c: members[0] * 0)
+    with blend(pipe, members, WEIGHTS, correct=None):
+        zero = pipe("a", generator=seeded(), **(tiny_call(pipe, 1) | {"output_type": "latent"})).images
+    start = torch.randn(1, 4, 8, 8, generator=seeded())
+    final = pipe.scheduler.alphas_cumprod[pipe.scheduler.timesteps[0]]
+    ratio = (pipe.scheduler.final_alpha_cumprod / final).sqrt()
+    torch.testing.assert_close(zero, ratio * start, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_input(tmp_path):
+    pipe, members = with_members(tmp_path)
+    with pytest.raises(ValueError, match="text-to-image"):
+        pipeline_score(tiny_pipeline("sd15", "img2img"), "a")
+    with pytest.raises(ValueError, match="as many, got 2"):
+        pipeline_score(pipe, ["a"], negative_prompt=["b", "c"])
+    with pytest.raises(ValueError, match="at least one image"):
+        pipeline_score(pipe, "a", images=0)
+    stack = pipeline_score(pipe, "a", members=members, images=2)
+    with pytest.raises(ValueError, match="2 images"):
+        stack.prior([seeded()])
+    pipe.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(ValueError, match="scheduler must have"):
+        pipeline_score(pipe, "a")
