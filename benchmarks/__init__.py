@@ -1,0 +1,1 @@
+"""Speed and memory, as ratios against a named peer in one run; results are kept in ``benchmarks/results``."""
