@@ -140,7 +140,7 @@ def test_offloading_blends_every_call(when, tmp_path):
 
 
 def test_one_member_a_step(tmp_path):
-    pipe, members, paths = with_members(tmp_path)
+    pipe, members, _ = with_members(tmp_path)
     pipe.scheduler = SCHEDULERS["heun"].from_config(pipe.scheduler.config)
     preference = Preference({"a": 0.3, "b": 0.4})
     with blend(pipe, members, preference, mode="ls", seed=5) as knobs:

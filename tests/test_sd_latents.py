@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import diffusers
 import pytest
 import torch
@@ -103,7 +105,7 @@ def test_flow_ode_equals_the_pipeline(family, tmp_path):
         sigmas = pipe.scheduler.sigmas.double()
     score = Blend(stack, WEIGHTS.coefficients(stack.names))
     x = start
-    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, then in pairwise(sigmas):
         t = now.clamp(max=1 - 1e-9)
         p, q = conversion(stack.schedule, t, "score", "flow")
         x = x + (then - now) * (float(p) * x + float(q) * score(x, t))
