@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sdeblend.schedule import NoiseSchedule, Time, as_time
+from sdeblend.schedule import NoiseSchedule, Time
 from sdeblend.score import ScoreFunction
 from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 from toy.mixture import GaussianMixture
@@ -80,7 +80,7 @@ class MixtureStack:
         Args:
             times: the grid of the run to come.
         """
-        grid = self.schedule.check_time(as_time(times).detach().flatten().cpu())
+        grid = self.schedule.check_time(torch.as_tensor(times, dtype=torch.float64).detach().flatten().cpu())
         self._grid, self._place, self._tables = None, {}, {}
         one = self._table(self._many, self._parameters, grid[:1], torch.float64, grid.device)
         if isinstance(self._many, Features) and len(grid) * sum(c.nbytes for c in one) <= PREPARED_BYTES:
@@ -130,7 +130,7 @@ class MixtureStack:
         kernel = self._few[chosen] if few else self._many
         place = None if few else self._place.get(time)
         if place is None or self._grid is None:
-            table, place = self._table(kernel, parameters, as_time([time]), dtype, device), 0
+            table, place = self._table(kernel, parameters, torch.tensor([time], dtype=torch.float64), dtype, device), 0
         else:
             if key not in self._tables:
                 self._tables[key] = self._table(kernel, parameters, self._grid, dtype, device)
