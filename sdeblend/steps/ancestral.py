@@ -44,7 +44,7 @@ class Ancestral(Step):
 
     @property
     def strong_order(self) -> float | None:  # type: ignore[override]
-        return 1.0 if self.eta == 1 else None
+        return 1.0 if self.stochastic else None
 
     def coefficients(self, schedule: NoiseSchedule, grid: Tensor) -> StepCoefficients:
         alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
