@@ -1,0 +1,157 @@
+"""Proposition 1: the aligned law is the tilt, and its backward process differs by a control only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from proofs_checks.check import Outcome, Settings
+from proofs_checks.draw import uniform
+from proofs_checks.quadrature import (
+    Differences,
+    Lattice,
+    RawProblem,
+    draw_points,
+    draw_problem,
+    draw_time,
+    gradient,
+    schedules,
+    worst,
+)
+from sdeblend import NoiseSchedule
+from toy import control
+
+if TYPE_CHECKING:
+    from proofs_checks.figures import Figure
+
+TITLE = "Proposition 1: alignment is a tilt, and adds a control to the score"
+WORDS = (
+    "Maximising the mean reward minus alpha times the KL divergence from the pre-trained law has one solution: "
+    "the pre-trained density times exp(reward / alpha). To sample it, the backward process needs one extra term "
+    "in its score, the control: the gradient of the log of the mean exponentiated reward that is still to be "
+    "expected from the noisy state. Left: the control in closed form (lines) and by integration and automatic "
+    "differentiation (rings)."
+)
+FORMULA = (
+    r"$p^{(r,\alpha)} = \arg\max_p\ \mathrm{E}_p[r] - \alpha\,\mathrm{KL}(p\,\Vert\,p_{\mathrm{pre}})"
+    r" = p_{\mathrm{pre}}\,e^{r/\alpha}/Z$" "\n"
+    r"$S^{(r,\alpha)}_t = S^{\mathrm{pre}}_t + u_t,\qquad "
+    r"u_t(x) = \nabla_x\log \mathrm{E}[\,e^{r(x_0)/\alpha}\mid x_t = x\,]$" "\n"
+    r"$\log \mathrm{E}[\,e^{r(x_0)/\alpha}\mid x_t = x\,] = \log Z + \log p^{(r,\alpha)}_t(x) - \log p_t(x)$"
+)
+FALSIFIED_BY = (
+    "a density with a better objective than the tilt, or a relative difference above 1e-10 between the two "
+    "scores' difference and the gradient of the log-expectation, in any drawn problem, schedule or time"
+)
+CONTROLS = {
+    "scalar identity": "log Z left out",
+    "score of the tilt less score of the base": "sign of the control",
+    "control as a covariance": "factor 1/s^2 in place of a/s^2",
+    "objective below its optimum by alpha KL": "KL divergence the other way round",
+}
+TIMES = (0.05, 0.2, 0.5)
+
+
+def check(settings: Settings) -> Outcome:
+    """Compare controls, log-expectations and objectives with integrals over a lattice."""
+    generator = settings.generator("proposition_1")
+    errors = Differences(CONTROLS)
+    for dim, count in ((1, settings.choose(5, 16)), (2, settings.choose(2, 6))):
+        for _ in range(count):
+            problem = draw_problem(generator, dim=dim)
+            lattice = Lattice(problem)
+            for schedule in schedules().values():
+                _control(problem, lattice, schedule, generator, errors)
+            for _ in range(4):
+                _objective(problem, lattice, generator, errors)
+    return Outcome(errors.measurements(), {**errors.data, **_illustration(settings)})
+
+
+def _control(
+    problem: RawProblem,
+    lattice: Lattice,
+    schedule: NoiseSchedule,
+    generator: torch.Generator,
+    errors: Differences,
+) -> None:
+    """The control and the scalar identity at one drawn time of one schedule."""
+    reward, alpha = problem.rewards[0].closed, problem.kl_weight
+    t = draw_time(generator, schedule)
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    x = draw_points(generator, problem, schedule, t, 6).requires_grad_()
+    log_expected = _log_expected(problem, lattice, x, a, s)
+    u = gradient(log_expected, x)
+    x, log_expected = x.detach(), log_expected.detach()
+
+    tilted = problem.base.tilt(reward, kl_weight=alpha)
+    base_t, tilted_t = problem.base.noised(schedule, t), tilted.noised(schedule, t)
+    log_ratio = tilted_t.log_prob(x) - base_t.log_prob(x)
+    log_z = problem.base.log_normalizer(reward, kl_weight=alpha)
+    errors.add("scalar identity", worst(log_ratio + log_z, log_expected), worst(log_ratio, log_expected))
+
+    difference = tilted_t.score(x) - base_t.score(x)
+    errors.add("score of the tilt less score of the base", worst(difference, u), worst(-difference, u))
+
+    before = (lattice.log_base + lattice.log_kernel(x, a, s)).softmax(-1)
+    after = (lattice.log_base + lattice.log_kernel(x, a, s) + lattice.rewards[0] / alpha).softmax(-1)
+    shift = (after - before) @ lattice.nodes
+    closed = control(problem.base, reward, alpha, schedule, x, t)
+    errors.add("control as a covariance", worst(closed, a / s**2 * shift), worst(closed, shift / s**2))
+
+
+def _log_expected(problem: RawProblem, lattice: Lattice, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    joint = lattice.log_base + lattice.log_kernel(x, a, s)
+    return (joint + lattice.rewards[0] / problem.kl_weight).logsumexp(-1) - joint.logsumexp(-1)
+
+
+def _objective(problem: RawProblem, lattice: Lattice, generator: torch.Generator, errors: Differences) -> None:
+    """For any density p the objective is alpha log Z - alpha KL(p || tilt): nothing beats the tilt."""
+    reward, alpha = problem.rewards[0].closed, problem.kl_weight
+    waves = uniform(generator, -3.0, 3.0, 5, problem.dim), uniform(generator, 0.0, 6.28, 5)
+    bumps = (lattice.nodes @ waves[0].T + waves[1]).sin() @ uniform(generator, -1.0, 1.0, 5)
+    log_rival = lattice.log_base + bumps
+    log_rival = log_rival - lattice.log_integral(log_rival)
+    objective = lattice.mean(log_rival, lattice.rewards[0] - alpha * (log_rival - lattice.log_base))
+    log_optimum = problem.base.tilt(reward, kl_weight=alpha).log_prob(lattice.nodes)
+    best = alpha * torch.tensor(problem.base.log_normalizer(reward, kl_weight=alpha), dtype=torch.float64)
+    forth = lattice.mean(log_rival, log_rival - log_optimum)
+    back = lattice.mean(log_optimum, log_optimum - log_rival)
+    right, wrong = (worst(objective + alpha * divergence, best) for divergence in (forth, back))
+    errors.add("objective below its optimum by alpha KL", right, wrong)
+
+
+def _illustration(settings: Settings) -> dict[str, object]:
+    """The control of one drawn problem on the line, both ways."""
+    generator = settings.generator("proposition_1 figure")
+    problem, schedule = draw_problem(generator, dim=1, components=3), schedules()["vp-linear"]
+    lattice, reward = Lattice(problem), problem.rewards[0].closed
+    x = torch.linspace(-3.0, 3.0, 241, dtype=torch.float64)[:, None]
+    few = x[::12].clone().requires_grad_()
+    curves, dots = [], []
+    for t in TIMES:
+        curves.append(control(problem.base, reward, problem.kl_weight, schedule, x, t)[:, 0].numpy())
+        log_expected = _log_expected(problem, lattice, few, schedule.alpha(t), schedule.sigma(t))
+        dots.append(gradient(log_expected, few)[:, 0].numpy())
+    return {"x": x[:, 0].numpy(), "dots": few.detach()[:, 0].numpy(), "control": curves, "control_dots": dots,
+            "times": TIMES, "kl_weight": problem.kl_weight}  # fmt: skip
+
+
+def figure(outcome: Outcome) -> Figure:
+    """Draw the control at three times both ways, and all differences against the bound."""
+    from proofs_checks import figures
+    from proofs_checks.figures_page import BELOW, differences
+
+    data = outcome.data
+    picture, (left, right) = figures.panels(2)
+    styles = ((figures.EXACT, "-"), (figures.BLEND, "--"), (figures.OTHER, "-."))
+    rows = zip(data["times"], data["control"], data["control_dots"], styles, strict=True)
+    for t, curve, dots, (colour, line) in rows:
+        left.plot(data["x"], curve, color=colour, ls=line, label=f"exact, t = {t:g}")
+        left.plot(data["dots"], dots, "o", ms=3.5, mfc="none", color=colour)
+    left.plot([], [], "o", ms=3.5, mfc="none", color=figures.EXACT, label="autograd of the integral")
+    title = f"Control of one drawn problem, alpha = {data['kl_weight']:.2f}"
+    figures.label(left, title, "noisy state x", "control u", ncols=2, **BELOW)
+    differences(right, data["differences"], data["bound"])
+    return picture

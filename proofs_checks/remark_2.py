@@ -1,0 +1,166 @@
+"""Remark 2: the Jensen gap over the KL weight, second order for weak tilts and first order for strong ones.
+
+Expanding log E[exp(r / alpha) | x] in cumulants, the first is what the blend keeps and the second is the leading gap:
+
+    Delta = (a / (2 s^2)) kappa_3(r, r, x_0 | x) alpha^-2 + O(alpha^-3).
+
+As alpha falls the tilt settles on one component; then u grows like 1/alpha at most, and ubar is 1/alpha always.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from proofs_checks.check import Measurement, Outcome, Settings
+from proofs_checks.draw import uniform
+from proofs_checks.quadrature import Lattice, Numbers, RawProblem, draw_points, draw_problem
+from sdeblend import VPLinear
+from toy import control, jensen_gap
+
+if TYPE_CHECKING:
+    from proofs_checks.figures import Figure
+
+TITLE = "Remark 2: how the Jensen gap grows as the KL weight falls"
+WORDS = (
+    "The gap between the exact control and the one that blending keeps is of second order in 1/alpha while the "
+    "tilt is weak: half the KL weight, four times the gap. Once the tilt is strong it has settled on its "
+    "favourite modes and the gap grows only in proportion to 1/alpha. The control itself is of first order when "
+    "weak, so weakly tuned members blend almost exactly. Each curve is one drawn mixture with its rewards scaled "
+    "to unit variance."
+)
+FORMULA = (
+    r"$\Delta_t = u_t - \bar u_t = \frac{a_t}{2 s_t^2}\,\kappa_3(r, r, x_0 \mid x_t)\,\alpha^{-2} + O(\alpha^{-3})"
+    r"\quad(\alpha\to\infty)$" "\n"
+    r"$|\Delta_t| \propto \alpha^{-1}\quad(\alpha\to 0)$"
+)
+FALSIFIED_BY = (
+    "a slope of log |gap| over log alpha further than 0.05 from -2 for weak tilts (alpha 30 to 1000) or than 0.1 "
+    "from -1 for strong ones (alpha 1e-5 to 1e-4), or a remainder after the leading term that does not fall like "
+    "alpha^-3"
+)
+WEAK, STRONG = (30.0, 1000.0), (1e-5, 1e-4)
+WEAK_BOUND, STRONG_BOUND, REMAINDER_BOUND = 0.05, 0.1, 0.1
+TIMES = (0.1, 0.25, 0.5)
+
+
+def check(settings: Settings) -> Outcome:
+    """Measure the slopes of the gap over alpha, and of what is left after its leading term."""
+    generator = settings.generator("remark_2")
+    schedule = VPLinear()
+    rows: dict[str, list[float]] = {name: [] for name in ("weak", "u", "strong", "lead", "rest", "no half")}
+    sweep = torch.logspace(-5, 3, 48, dtype=torch.float64)
+    curves, controls = [], []
+    for i in range(settings.choose(6, 18)):
+        problem = _draw(generator, 1 + i % 2, bent=i % 4 < 2)
+        base, reward = problem.base, problem.rewards[0].closed
+        t = torch.tensor(TIMES[i % len(TIMES)], dtype=torch.float64)
+        x = draw_points(generator, problem, schedule, t, 48)
+        leading = _leading(problem, x, schedule.alpha(t), schedule.sigma(t))
+
+        def gaps(alphas: Tensor, base=base, reward=reward, x=x, t=t) -> Tensor:  # type: ignore[no-untyped-def]
+            return torch.stack([jensen_gap(base, reward, float(alpha), schedule, x, t) for alpha in alphas])
+
+        def controls_at(alphas: Tensor, base=base, reward=reward, x=x, t=t) -> Tensor:  # type: ignore[no-untyped-def]
+            return torch.stack([control(base, reward, float(alpha), schedule, x, t) for alpha in alphas])
+
+        weak, strong = (
+            torch.logspace(math.log10(low), math.log10(high), 8, dtype=torch.float64) for low, high in (WEAK, STRONG)
+        )
+        powers = weak[:, None, None] ** -2
+        rows["weak"].append(_slope(weak, gaps(weak)))
+        rows["u"].append(_slope(weak, controls_at(weak)))
+        rows["strong"].append(_slope(strong, gaps(strong)))
+        rows["lead"].append(_slope(strong, leading * strong[:, None, None] ** -2))
+        rows["rest"].append(_slope(weak, gaps(weak) - leading * powers))
+        rows["no half"].append(_slope(weak, gaps(weak) - 2 * leading * powers))
+        curves.append(_rms(gaps(sweep)).numpy())
+        controls.append(_rms(controls_at(sweep)).numpy())
+
+    def off(name: str, order: float) -> float:
+        return max(abs(slope - order) for slope in rows[name])
+
+    measurements = [
+        Measurement("weak tilts: slope of the gap, distance from -2", off("weak", -2), "<=", WEAK_BOUND,
+                    "the control u in place of the gap", off("u", -2)),
+        Measurement("strong tilts: slope of the gap, distance from -1", off("strong", -1), "<=", STRONG_BOUND,
+                    "the weak-tilt expansion used there", off("lead", -1)),
+        Measurement("remainder after the leading term: slope, distance from -3", off("rest", -3), "<=", REMAINDER_BOUND,
+                    "leading term without its half", off("no half", -3)),
+    ]  # fmt: skip
+    usual = (sweep >= 0.1) & (sweep <= 1)
+    between = [_fit(sweep[usual], torch.as_tensor(curve)[usual]) for curve in curves]
+    findings = [
+        f"measured slopes: weak {min(rows['weak']):.3f} to {max(rows['weak']):.3f}, "
+        f"strong {min(rows['strong']):.3f} to {max(rows['strong']):.3f}, over {len(curves)} drawn problems",
+        f"KL weights in use (0.1 to 1) lie between the regimes, with slopes {min(between):.2f} to {max(between):.2f}",
+    ]
+    return Outcome(measurements, {"alpha": sweep.numpy(), "gap": curves, "control": controls}, findings)
+
+
+def _draw(generator: torch.Generator, dim: int, bent: bool) -> RawProblem:
+    """Draw a problem whose tilt exists at every KL weight (no negative curvature), reward scaled to unit variance."""
+    problem = draw_problem(generator, dim=dim)
+    linear, curvature = problem.rewards[0].linear, float(uniform(generator, 0.2, 0.5)) * bent
+    raw = Numbers(linear, curvature * torch.eye(dim, dtype=torch.float64), 0.0)
+    scale = problem.base.reward_variance(raw.closed) ** -0.5
+    reward = Numbers(scale * raw.linear, scale * raw.quadratic, 0.0)
+    return RawProblem(problem.weights, problem.means, problem.covariances, (reward,), 1.0)
+
+
+def _leading(problem: RawProblem, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """Return (a / (2 s^2)) kappa_3(r, r, x_0 | x), (B, d), by integration."""
+    lattice = Lattice(problem)
+    weights = (lattice.log_base + lattice.log_kernel(x, a, s)).softmax(-1)
+    reward = lattice.rewards[0] - (weights @ lattice.rewards[0])[:, None]
+    mean = weights @ lattice.nodes
+    squares = weights * reward.square()
+    third = squares @ lattice.nodes - squares.sum(-1, keepdim=True) * mean
+    return a / (2 * s * s) * third
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Return the root mean square over states of vectors (A, B, d), (A,)."""
+    return values.square().sum(-1).mean(-1).sqrt()
+
+
+def _slope(alphas: Tensor, values: Tensor) -> float:
+    """Return the least-squares slope of log rms over log alpha."""
+    return _fit(alphas, _rms(values))
+
+
+def _fit(alphas: Tensor, sizes: Tensor) -> float:
+    x = alphas.log() - alphas.log().mean()
+    return float((x * sizes.log()).sum() / x.square().sum())
+
+
+def figure(outcome: Outcome) -> Figure:
+    """Draw gap and control over the KL weight, and the local slope of the gap."""
+    import numpy as np
+
+    from proofs_checks import figures
+    from proofs_checks.figures_page import BELOW
+
+    data = outcome.data
+    alpha = data["alpha"]
+    picture, (left, right) = figures.panels(2)
+    for i, (gap, u) in enumerate(zip(data["gap"], data["control"], strict=True)):
+        left.loglog(alpha, gap, color=figures.EXACT, lw=0.9, label="gap, exact" if i == 0 else None)
+        left.loglog(alpha, u, color=figures.BASE, lw=0.9, ls="--", label="control u, exact" if i == 0 else None)
+        local = np.diff(np.log(gap)) / np.diff(np.log(alpha))
+        middle = np.sqrt(alpha[1:] * alpha[:-1])
+        right.semilogx(middle, local, color=figures.EXACT, lw=0.9, label="one drawn problem" if i == 0 else None)
+    typical = np.exp(np.mean(np.log(data["gap"]), axis=0))
+    guides = ((alpha[24:], -1, -2, figures.BLEND, "-."), (alpha[:30], 0, -1, figures.OTHER, ":"))
+    for part, end, order, colour, line in guides:
+        guide = 3 * typical[end] * (part / alpha[end]) ** order
+        left.loglog(part, guide, color=colour, ls=line, lw=2, label=f"slope {order}")
+    bands = ((WEAK, -2, WEAK_BOUND, figures.BLEND, "weak"), (STRONG, -1, STRONG_BOUND, figures.OTHER, "strong"))
+    for ends, order, bound, colour, name in bands:
+        right.fill_between(ends, order - bound, order + bound, color=colour, alpha=0.45, label=f"bound, {name} tilts")
+    figures.label(left, "Size of the gap", "KL weight alpha", "root mean square over states", ncols=2, **BELOW)
+    figures.label(right, "Its local slope", "KL weight alpha", "d log gap / d log alpha", ncols=3, **BELOW)
+    return picture
