@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -307,10 +308,11 @@ def figure_bytes(figure: Figure, kind: str = "png", *, dpi: int = 130) -> bytes:
     """
     if kind not in FORMATS:
         raise ValueError(f"a figure can be {', '.join(FORMATS)}, got {kind!r}; name the file accordingly")
-    # Without dates, the same figure gives the same file.
+    # Without dates and random names, the same figure gives the same file.
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=dpi, metadata=undated, facecolor="white")
+    with rc_context({"svg.hashsalt": "sdeblend"}):
+        figure.savefig(stream, format=kind, dpi=dpi, metadata=undated, facecolor="white")
     return stream.getvalue()
 
 
