@@ -103,7 +103,9 @@ def figure(outcome: Outcome) -> Figure:
     middle.plot(places, data["z"], "o", color=figures.BLEND, label="ours less torchsde's")
     middle.plot(places, data["z_off"], "x", color=figures.BROKEN, label="control: score 5% off")
     middle.set_xticks(places, data["moments"], rotation=30)
-    figures.label(middle, "Independent noise", "moment", "difference (standard errors)")
+    reach = 1.7 * max(map(abs, data["z"] + data["z_off"]))
+    middle.set_ylim(-reach, reach)
+    figures.label(middle, "Independent noise", "moment", "difference (standard errors)", loc="upper right")
     colours = (figures.BLEND, figures.OTHER, figures.GOOD, figures.PINK, figures.LIGHT)
     for (name, row), colour, marker in zip(data["kept"].items(), colours, "o^sDv", strict=True):
         right.semilogx(data["kept_steps"], [100 * value for value in row], marker=marker, color=colour, label=name)
@@ -195,7 +197,7 @@ def _law(settings: Settings) -> tuple[list[float], list[float], list[str]]:
     generator, schedule = settings.generator("solvers.law"), VPLinear()
     drawn = draw_line(generator, (0.4, 1.0))
     blend, target = drawn.blend(schedule), drawn.target
-    batch, grid = settings.choose(40_000, 100_000), time_grid(schedule, 100)
+    batch, grid = settings.choose(80_000, 160_000), time_grid(schedule, 100)
     names, functions = _moments(target)
 
     def moments(samples: Tensor) -> tuple[Tensor, Tensor]:
