@@ -39,6 +39,8 @@ WARN_NATS = 0.1
 WARN_ESS = 0.5
 # Fewer effective paths than this do not estimate log E[W]: one path would give a certificate of 0.
 ENOUGH_PATHS = 10
+# A resampled run remembers the plain blend through its surviving paths; below this share it has forgotten too much.
+ENOUGH_MEMORY = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,13 @@ class Certificate:
 
     @property
     def reliable(self) -> bool:
-        """Whether ``value`` can be trusted as a bound: enough effective paths, or no negative coefficient."""
+        """Whether ``value`` can be trusted as a bound.
+
+        It needs enough effective paths, or no negative coefficient; and a resampled run must still hold enough of
+        the plain blend's paths.
+        """
+        if self.samples < ENOUGH_MEMORY * len(self.per_sample):
+            return False
         return self.nonnegative or self.ess_fraction * self.samples >= ENOUGH_PATHS
 
     @property
@@ -122,6 +130,11 @@ class Certificate:
     @property
     def warning(self) -> str | None:
         """One sentence if the blend should not be trusted uncorrected, else None."""
+        if self.samples < ENOUGH_MEMORY * len(self.per_sample):
+            return (
+                f"this certificate comes from {self.samples:.0f} paths of the blend that resampling has left, of "
+                f"{len(self.per_sample)}; run again with correct='certify' for one to trust"
+            )
         if not self.reliable:
             return (
                 f"this certificate needs {ENOUGH_PATHS} effective samples as some coefficients are negative, got "
@@ -257,7 +270,13 @@ class Weights:
     def certificates(self) -> list[Certificate]:
         """Return one certificate a group, of the blend without resampling."""
         return [
-            _certificate(self.path[i], (self.residual - self.steer)[i], self.profile[g], self.nonnegative)
+            _certificate(
+                self.path[i],
+                (self.residual - self.steer)[i],
+                self.profile[g],
+                self.nonnegative,
+                self.normalizers()[g][0] if self.resampled and self.correction.exact else None,
+            )
             for g, i in enumerate(self.members_of)
         ]
 
@@ -272,10 +291,13 @@ class Weights:
         return out
 
 
-def _certificate(path: Tensor, undo: Tensor, profile: list[float], nonnegative: bool) -> Certificate:
-    # Weighted means over the plain blend's paths: undo is constant unless the run was resampled.
+def _certificate(
+    path: Tensor, undo: Tensor, profile: list[float], nonnegative: bool, log_normalizer: float | None = None
+) -> Certificate:
+    # Weighted means over the plain blend's paths: undo is constant unless the run was resampled. Then the sampler's
+    # own normaliser and the step-by-step profile forget less than the surviving paths do.
     weight, log = undo.softmax(0), path
-    log_mean = float((undo + log).logsumexp(0) - undo.logsumexp(0))
+    log_mean = float((undo + log).logsumexp(0) - undo.logsumexp(0)) if log_normalizer is None else log_normalizer
     relative = (log - log_mean).exp()
     influence = relative - 1 - (log - (weight * log).sum())
     ess, samples = min(1 / float((weight * relative.square()).sum()), 1.0), float(effective_sample_size(undo))
@@ -284,7 +306,7 @@ def _certificate(path: Tensor, undo: Tensor, profile: list[float], nonnegative: 
     if not normalised:
         log_mean, influence = 0.0, (weight * log).sum() - log
     return Certificate(
-        value=log_mean - float((weight * log).sum()),
+        value=log_mean + sum(profile),
         standard_error=float((weight * influence).square().sum().sqrt()) if len(path) > 1 else math.inf,
         ess_fraction=ess,
         per_sample=-path,
