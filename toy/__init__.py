@@ -1,7 +1,13 @@
-"""Gaussian mixtures on which every statement about blending has a closed form."""
+"""Gaussian mixtures on which every statement about blending has a closed form.
 
-from toy import problems
+``GaussianMixture`` and ``QuadraticReward`` make a ``Problem``; its ``MixtureStack`` is what ``sdeblend`` blends. The
+closed forms of control and Jensen gap, the bounds, the Fokker-Planck law of a blend and the metrics measure the result.
+"""
+
+from toy import metrics, problems
+from toy.bounds import JensenBounds, jensen_bounds, thermodynamic_gap
 from toy.control import blend_gap, control, jensen_control, jensen_gap, log_mean_exp_reward
+from toy.fokker_planck import Density, backward_density
 from toy.mixture import GaussianMixture
 from toy.posterior import Posterior
 from toy.problems import PROBLEMS, Problem, random_problem
@@ -10,18 +16,24 @@ from toy.stack import MixtureStack, mixture_score
 
 __all__ = [
     "PROBLEMS",
+    "Density",
     "GaussianMixture",
+    "JensenBounds",
     "MixtureStack",
     "Posterior",
     "Problem",
     "QuadraticReward",
+    "backward_density",
     "blend_gap",
     "combine",
     "control",
+    "jensen_bounds",
     "jensen_control",
     "jensen_gap",
     "log_mean_exp_reward",
+    "metrics",
     "mixture_score",
     "problems",
     "random_problem",
+    "thermodynamic_gap",
 ]
