@@ -126,7 +126,7 @@ def trajectory(
     old_members: Tensor | None = None
     per_step = float(step.evaluations)
     used = 0.0
-    yield State(0, float(grid[0]), x, None if weights is None else weights.residual, None, 0.0, weights)
+    yield State(0, float(grid[0]), x, None if weights is None else weights.residual.clone(), None, 0.0, weights)
     for n, move in enumerate(moves):
         evaluation = score.evaluate(x, move.t) if isinstance(score, Blend) else None
         value = score(x, move.t) if evaluation is None else evaluation.score
