@@ -144,11 +144,10 @@ def _result(knobs: Knobs) -> dict[str, Any]:
     certificate, nats, weights = knobs.certificate, knobs.nats, knobs.log_weights
     if certificate is None or nats is None or weights is None:
         return {"certificate": None, "reason": knobs.reason}
-    several = len(nats) > 1  # log E[W] of one path says nothing
     return {
         "certificate": {
-            "nats": certificate.value if several else None,
-            "standard_error": certificate.standard_error if several else None,
+            "nats": certificate.value,
+            "standard_error": certificate.standard_error if len(nats) > 1 else None,
             "ess_fraction": certificate.ess_fraction,
             "per_image": nats.tolist(),
             "profile": certificate.profile.tolist(),

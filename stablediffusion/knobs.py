@@ -7,9 +7,11 @@ Each denoiser call is one evaluation of the core's ``Blend`` (or ``OneMemberPerS
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -101,8 +103,20 @@ class Knobs:
 
     @property
     def certificates(self) -> list[Certificate]:
-        """One certificate a prompt (and preference) of the last run; empty if ``reason`` says why."""
-        return [] if self.reason or self._particles is None else self._particles.weights.certificates()
+        """One certificate a prompt (and preference) of the last run; empty if ``reason`` says why.
+
+        From a single image log E[W] cannot be estimated; the value is then -log W, a bound on average without
+        negative coefficients, and with them there is none.
+        """
+        if self.reason or self._particles is None:
+            return []
+        out = []
+        for certificate in self._particles.weights.certificates():
+            if len(certificate.per_sample) > 1:
+                out.append(certificate)
+            elif certificate.nonnegative:
+                out.append(replace(certificate, value=float(certificate.per_sample), standard_error=math.inf))
+        return out
 
     @property
     def reason(self) -> str | None:
@@ -111,6 +125,9 @@ class Knobs:
             return f"mode {self.mode!r} has no certificate" if self.mode != "mpa" else "correct=None was asked for"
         if self._particles is None:
             return self._reason or "nothing has run yet"
+        weights = self._particles.weights
+        if not weights.nonnegative and all(len(c.per_sample) == 1 for c in weights.certificates()):
+            return "a single image with a negative coefficient bounds nothing; generate several images a prompt"
         return self._particles.reason
 
     @property

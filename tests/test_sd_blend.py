@@ -175,6 +175,18 @@ def test_batch_size_and_history_do_not_matter(tmp_path):
     assert (three[0] - three[1]).abs().max() > 1e-2
 
 
+def test_half_precision_stays_in_the_network(tmp_path):
+    """Members are combined in float32; the pipeline gets its own dtype back."""
+    pipe, members, _ = with_members(tmp_path, dtype=torch.bfloat16)
+    seen = []
+    with blend(pipe, members, HALVES, batched=True) as knobs:
+        evaluate = knobs._blend.evaluate
+        knobs._blend.evaluate = lambda x, t: seen.append(evaluate(x, t)) or seen[-1]
+        assert call(pipe, eta=1.0).dtype == torch.bfloat16
+        assert knobs.certificate is not None
+    assert {e.members.dtype for e in seen} == {torch.float32}
+
+
 def state(pipe):
     layers = [
         (list(m.active_adapters), m.disable_adapters, dict(m.scaling), sorted(m.lora_A), "forward" in m.__dict__)

@@ -173,3 +173,19 @@ def test_guidance_rescale_takes_the_certificate_away(tmp_path):
         assert "after guidance" in knobs.reason
         call(pipe, eta=1.0)
         assert knobs.certificate is not None
+
+
+def test_one_image_has_its_own_bound(tmp_path):
+    """From one path log E[W] cannot be estimated: its naive value would be a perfect zero."""
+    pipe, paths = make(tmp_path)
+    members = load_members(pipe, paths)
+    with blend(pipe, members, WEIGHTS) as knobs:
+        call(pipe, eta=1.0)
+        assert knobs.certificate.value == pytest.approx(float(knobs.nats[0]))
+        assert knobs.certificate.value > 0
+        knobs.preference = Preference({"a": 1.5})
+        call(pipe, eta=1.0)
+        assert knobs.certificate is None
+        assert "several images" in knobs.reason
+        call(pipe, eta=1.0, num_images_per_prompt=2)
+        assert knobs.certificate is not None

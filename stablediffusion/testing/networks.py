@@ -138,7 +138,7 @@ def scheduler(family: str) -> Any:
 
 
 def mid_size_unet(seed: int = 0) -> UNet2DConditionModel:
-    """Return a UNet of about 18M parameters on 32 x 32 latents, for benchmarks on a CPU."""
+    """Return a UNet of about 13M parameters on 32 x 32 latents, for benchmarks on a CPU."""
     with seeded(seed):
         return _unet((64, 128, 256), 32, 256, 8, ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
 
