@@ -45,7 +45,7 @@ CONTROLS = {
     "density of the tilt": "sign of the quadratic term",
     "moments of the tilt": "base moments",
     "KL divergence to the base": "sign of log Z",
-    "noised density": "variance s in place of s^2",
+    "noised density": "variance s in place of s²",
     "noised score": "score of the clean law",
     "posterior mean and covariance": "mean not divided by a",
     "tilt in 3 to 6 dimensions": "log Z of twice the KL weight",

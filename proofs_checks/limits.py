@@ -27,7 +27,7 @@ WORDS = (
 )
 FORMULA = (
     r"$p_{\mathrm{pre}} = \mathcal{N}(\mu, C),\ r_i(x) = b_i\cdot x:\qquad \Delta_t \equiv 0,\qquad "
-    r"p^{(\lambda r(w),\alpha)} = \mathcal{N}(\mu + \frac{\lambda}{\alpha}\,C\sum_i w_i b_i,\ C)$" "\n"
+    r"p^{(\lambda r(w),\alpha)} = \mathcal{N}(\mu + \dfrac{\lambda}{\alpha}\,C\sum_i w_i b_i,\ C)$" "\n"
     r"$S^{(0\cdot r)}_t = S^{\mathrm{pre}}_t,\qquad S^{(1\cdot r)}_t = S^{(r)}_t$"
 )
 FALSIFIED_BY = (
@@ -181,8 +181,7 @@ def _over_strength(settings: Settings) -> dict[str, Any]:
     curves = []
     for components in (1, 2, 3, 3, 4):
         problem = draw_problem(generator, dim=1, components=components)
-        reward = QuadraticReward(problem.rewards[0].linear) if components == 1 else problem.rewards[0].closed
-        reward = reward.normalized(problem.base)
+        reward = QuadraticReward(problem.rewards[0].linear).normalized(problem.base)
         x = draw_points(generator, problem, schedule, t, 256)
         row = []
         for strength in STRENGTHS.tolist():
@@ -202,8 +201,8 @@ def figure(outcome: Outcome) -> Figure:
     data, run = outcome.data, outcome.data["run"]
     picture, (left, right) = figures.panels(2)
     for i, error in enumerate(data["error"]):
-        left.plot(data["strength"], error, color=figures.BLEND, lw=1.1, label="drawn mixtures" if i == 0 else None)
-    left.plot(data["strength"], data["gaussian"], color=figures.EXACT, lw=2, label="Gaussian, linear reward (exact: 0)")
+        left.plot(data["strength"], error, color=figures.BLEND, lw=1.1, label="drawn mixtures, linear reward" if i == 0 else None)
+    left.plot(data["strength"], data["gaussian"], color=figures.EXACT, lw=2, label="one Gaussian: exact")
     for place in (0.0, 1.0):
         left.axvline(place, color=figures.BASE, ls=":", lw=1)
     left.set_ylim(-0.02, None)

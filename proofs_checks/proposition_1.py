@@ -48,7 +48,7 @@ FALSIFIED_BY = (
 CONTROLS = {
     "scalar identity": "log Z left out",
     "score of the tilt less score of the base": "sign of the control",
-    "control as a covariance": "factor 1/s^2 in place of a/s^2",
+    "control as a covariance": "factor 1/s² in place of a/s²",
     "objective below its optimum by alpha KL": "KL divergence the other way round",
 }
 TIMES = (0.05, 0.2, 0.5)

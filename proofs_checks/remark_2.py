@@ -33,7 +33,7 @@ WORDS = (
     "to unit variance."
 )
 FORMULA = (
-    r"$\Delta_t = u_t - \bar u_t = \frac{a_t}{2 s_t^2}\,\kappa_3(r, r, x_0 \mid x_t)\,\alpha^{-2} + O(\alpha^{-3})"
+    r"$\Delta_t = u_t - \bar u_t = \dfrac{a_t}{2 s_t^2}\,\kappa_3(r, r, x_0 \mid x_t)\,\alpha^{-2} + O(\alpha^{-3})"
     r"\quad(\alpha\to\infty)$" "\n"
     r"$|\Delta_t| \propto \alpha^{-1}\quad(\alpha\to 0)$"
 )
