@@ -172,7 +172,8 @@ class Blend:
 
     Args:
         stack: K members, (x, t) -> (K, B, *event); or a sequence of score functions, blends among them.
-        coefficients: a ``Preference`` (then member 0 of the stack is the base), or numbers (K,), or one row a
+        coefficients: a ``Preference`` (then member 0 of the stack is the base; a stack with ``names`` of its other
+            members is weighed by name, any other in the order given), or numbers (K,), or one row a
             sample (B, K), or a function of the time t that returns either. Rows sum to one; signs are free.
             A member whose coefficient is exactly zero in every row is not evaluated.
 
@@ -192,7 +193,7 @@ class Blend:
             raise TypeError(f"Blend needs a score stack or a list of score functions, got {type(stack).__name__}")
         rule: Tensor | CoefficientRule
         if isinstance(coefficients, Preference):
-            rule = coefficients.coefficients()
+            rule = coefficients.coefficients(getattr(outer, "names", None))
             if rule.shape[-1] != len(outer):
                 raise ValueError(
                     f"a preference over {len(coefficients.names)} members needs a stack of the base and these, "
