@@ -201,6 +201,8 @@ def _groups(coefficients: Tensor, given: Tensor | None) -> Tensor:
     if given is None:
         order = {row: i for i, row in enumerate(dict.fromkeys(rows.tolist()))}
         return torch.tensor([order[row] for row in rows.tolist()])
+    if given.shape != rows.shape:
+        return given  # Weights names the shape it needs
     mixed = [g for g in given.unique().tolist() if len(rows[given.cpu() == g].unique()) > 1]
     if mixed:
         raise ValueError(
