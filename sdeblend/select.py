@@ -159,8 +159,9 @@ class OneMemberPerStep:
         method: Selection = "systematic",
         generator: torch.Generator | Sequence[torch.Generator],
     ) -> None:
-        raw = coefficients.coefficients() if isinstance(coefficients, Preference) else coefficients
-        self.probabilities = check_probabilities(raw, len(stack))
+        if isinstance(coefficients, Preference):
+            coefficients = coefficients.coefficients(getattr(stack, "names", None))
+        self.probabilities = check_probabilities(coefficients, len(stack))
         if self.probabilities.ndim == 2 and len(self.probabilities) != batch:
             raise ValueError(f"weights for {len(self.probabilities)} samples need a batch of as many, got {batch}")
         self.stack = stack
