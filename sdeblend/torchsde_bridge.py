@@ -76,7 +76,7 @@ def solve_torchsde(
         samples at the grid's last time, (B, *event).
 
     Raises:
-        ValueError: as torchsde, for an unknown method; or a grid that does not decrease.
+        ValueError: as torchsde, for an unknown method; or a grid that does not decrease, or not uniformly.
     """
     import torchsde
 
@@ -84,6 +84,12 @@ def solve_torchsde(
     denoise = float(grid[-1]) == 0
     ends = grid[:-1] if denoise else grid
     start, end, steps = float(ends[0]), float(ends[-1]), len(ends) - 1
+    if steps < 1:
+        raise ValueError(f"torchsde needs a grid with at least 2 times above 0, got {grid.tolist()}; use time_grid")
+    if float((ends.diff() * steps / (end - start) - 1).abs().max()) > 1e-6 and not options.get("adaptive"):
+        raise ValueError(
+            "torchsde steps uniformly, got a grid whose steps differ; give time_grid(schedule, steps) or adaptive=True"
+        )
     # torchsde computes its times in the dtype of the state: a float32 clock loses short steps near t_min.
     ts = torch.tensor([0.0, start - end], dtype=torch.float64)
     flat = x.flatten(1)
