@@ -27,14 +27,15 @@ from sdeblend import Ancestral, BackwardSDE, VPLinear, solve, time_grid
 from toy.fokker_planck import backward_density
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.figures import Axes, Figure
 
 TITLE = "The certificate: how wrong a blend can be, from its own paths"
 WORDS = (
-    "The weights that would correct a blend also say how much there is to correct. The logarithm of their mean less the mean of "
-    "their logarithms bounds, in nats, the divergence of the blend's samples from the wanted target; no reward and no "
-    "further model call is needed. On the line the true divergence is known from the Fokker-Planck equation. On "
-    "a chain of a few steps the number is, exactly, the divergence between the blended chain and the geometric mean of its members."
+    "The weights that would correct a blend also say how much there is to correct. The logarithm of their mean less "
+    "the mean of their logarithms bounds, in nats, the divergence of the blend's samples from the wanted target; no "
+    "reward and no further model call is needed. On the line the true divergence is known from the Fokker-Planck "
+    "equation. On a chain of a few steps the number is, exactly, the divergence between the blended chain and the "
+    "geometric mean of its members."
 )
 FORMULA = (
     r"$\mathrm{KL}(\mathrm{blend} \,\|\, \mathrm{target}) \leq \log E[W] - E[\log W], \qquad "
@@ -50,7 +51,7 @@ CHAIN_STEPS = 8
 
 
 def check(settings: Settings) -> Outcome:
-    """Compare certificates with divergences from the Fokker-Planck equation, and with path divergences by quadrature."""
+    """Compare certificates with divergences from the Fokker-Planck equation, and with path divergences."""
     lines = [_line(settings, i) for i in range(settings.choose(6, 16))]
     paths = [_path(settings, i) for i in range(settings.choose(4, 12))]
 
@@ -60,21 +61,45 @@ def check(settings: Settings) -> Outcome:
     loose = [line.certificate / line.divergence for line in lines]
     ends = [path.path / path.end for path in paths]
     measurements = [
-        Measurement(f"KL(blend || target) over certificate, worst of {len(lines)} problems", worst("divergence", "certificate"), "<=", 1,
-                    "half the spread", worst("divergence", "halved")),
-        Measurement("TV(blend, target) over sqrt(certificate/2), worst", worst("variation", "pinsker"), "<=", 1,
-                    "without the root", max(line.variation / (line.certificate / 2) for line in lines)),
-        Measurement(f"path KL by quadrature less certificate (std errors), {len(paths)} chains", max(
-            abs(path.sampled - path.path) / path.error for path in paths), "<=", 5,
-            "log E[W] dropped", max(abs(path.sampled - path.without_normalizer) / path.error for path in paths)),
-        Measurement("KL of the chain's end over its path KL, worst", max(path.end / path.path for path in paths), "<=", 1,
-                    "half the path KL", max(2 * path.end / path.path for path in paths)),
+        Measurement(
+            f"KL(blend || target) over certificate, worst of {len(lines)} problems",
+            worst("divergence", "certificate"),
+            "<=",
+            1,
+            "half the spread",
+            worst("divergence", "halved"),
+        ),
+        Measurement(
+            "TV(blend, target) over sqrt(certificate/2), worst",
+            worst("variation", "pinsker"),
+            "<=",
+            1,
+            "without the root",
+            max(line.variation / (line.certificate / 2) for line in lines),
+        ),
+        Measurement(
+            f"path KL by quadrature less certificate (std errors), {len(paths)} chains",
+            max(abs(path.sampled - path.path) / path.error for path in paths),
+            "<=",
+            5,
+            "log E[W] dropped",
+            max(abs(path.sampled - path.without_normalizer) / path.error for path in paths),
+        ),
+        Measurement(
+            "KL of the chain's end over its path KL, worst",
+            max(path.end / path.path for path in paths),
+            "<=",
+            1,
+            "half the path KL",
+            max(2 * path.end / path.path for path in paths),
+        ),
     ]
     findings = [
-        f"the certificate is {min(loose):.2f} to {max(loose):.2f} times the true divergence ({len(lines)} problems, alpha .2 to 1, "
-        f"strength .6 to 1.2, divergences from {min(line.divergence for line in lines):.2g} to "
+        f"the certificate is {min(loose):.2f} to {max(loose):.2f} times the true divergence ({len(lines)} problems, "
+        f"alpha .2 to 1, strength .6 to 1.2, divergences from {min(line.divergence for line in lines):.2g} to "
         f"{max(line.divergence for line in lines):.2g} nats)",
-        f"on chains of {CHAIN_STEPS} steps the path divergence is {min(ends):.2f} to {max(ends):.2f} times that of the end",
+        f"on chains of {CHAIN_STEPS} steps the path divergence is {min(ends):.2f} to {max(ends):.2f} times "
+        "that of the end",
     ]
     data = {
         "lines": [tuple(line) for line in lines],
@@ -90,27 +115,75 @@ def figure(outcome: Outcome) -> Figure:
     fig, (left, middle, right) = figures.panels(3)
     lines = [_Line(*row) for row in outcome.data["lines"]]
     paths = [_Path(*row) for row in outcome.data["paths"]]
-    _against(left, [line.certificate for line in lines], [line.divergence for line in lines], "drawn problems", figures.BLEND, "o")
-    _against(left, [line.halved for line in lines], [line.divergence for line in lines], "control: half the spread", figures.BROKEN, "x")
-    _diagonal(left, [line.certificate for line in lines] + [line.halved for line in lines], "never above: KL = certificate")
+    _against(
+        left,
+        [line.certificate for line in lines],
+        [line.divergence for line in lines],
+        "drawn problems",
+        figures.BLEND,
+        "o",
+    )
+    _against(
+        left,
+        [line.halved for line in lines],
+        [line.divergence for line in lines],
+        "control: half the spread",
+        figures.BROKEN,
+        "x",
+    )
+    _diagonal(
+        left, [line.certificate for line in lines] + [line.halved for line in lines], "never above: KL = certificate"
+    )
     figures.label(left, "Divergence, Fokker-Planck equation", "certificate (nats)", "KL(blend || target) (nats)")
-    _against(middle, [line.pinsker for line in lines], [line.variation for line in lines], "drawn problems", figures.BLEND, "o")
-    _against(middle, [line.certificate / 2 for line in lines], [line.variation for line in lines], "control: without the root", figures.BROKEN, "x")
-    _diagonal(middle, [line.pinsker for line in lines] + [line.certificate / 2 for line in lines], "never above: TV = bound")
+    _against(
+        middle,
+        [line.pinsker for line in lines],
+        [line.variation for line in lines],
+        "drawn problems",
+        figures.BLEND,
+        "o",
+    )
+    _against(
+        middle,
+        [line.certificate / 2 for line in lines],
+        [line.variation for line in lines],
+        "control: without the root",
+        figures.BROKEN,
+        "x",
+    )
+    _diagonal(
+        middle, [line.pinsker for line in lines] + [line.certificate / 2 for line in lines], "never above: TV = bound"
+    )
     figures.label(middle, "Total variation", "sqrt(certificate / 2)", "TV(blend, target)")
-    _against(right, [path.sampled for path in paths], [path.path for path in paths], "path KL, quadrature", figures.GOOD, "o")
-    _against(right, [path.sampled for path in paths], [path.end for path in paths], "KL of the chain's end", figures.BLEND, "s")
-    _against(right, [path.sampled for path in paths], [path.without_normalizer for path in paths], "control: log E[W] dropped", figures.BROKEN, "x")
+    _against(
+        right, [path.sampled for path in paths], [path.path for path in paths], "path KL, quadrature", figures.GOOD, "o"
+    )
+    _against(
+        right,
+        [path.sampled for path in paths],
+        [path.end for path in paths],
+        "KL of the chain's end",
+        figures.BLEND,
+        "s",
+    )
+    _against(
+        right,
+        [path.sampled for path in paths],
+        [path.without_normalizer for path in paths],
+        "control: log E[W] dropped",
+        figures.BROKEN,
+        "x",
+    )
     _diagonal(right, [path.sampled for path in paths], "exact: path KL = certificate")
     figures.label(right, f"Chains of {CHAIN_STEPS} steps", "certificate (nats)", "divergence (nats)")
     return fig
 
 
-def _against(ax, x: list[float], y: list[float], text: str, colour: str, marker: str) -> None:  # noqa: ANN001 - axes
+def _against(ax: Axes, x: list[float], y: list[float], text: str, colour: str, marker: str) -> None:
     ax.loglog(x, y, marker, color=colour, label=text)
 
 
-def _diagonal(ax, x: list[float], text: str) -> None:  # noqa: ANN001 - axes
+def _diagonal(ax: Axes, x: list[float], text: str) -> None:
     ends = [min(x) / 1.5, max(x) * 1.5]
     ax.loglog(ends, ends, color="black", linewidth=1, label=text)
     ax.tick_params(which="minor", labelbottom=False, labelleft=False)
@@ -155,7 +228,7 @@ class _Path(NamedTuple):
 
 
 def _path(settings: Settings, i: int) -> _Path:
-    """Integrate the blended chain and the geometric mean of its members' chains on nodes, and sample the certificate."""
+    """Integrate the blended chain and the geometric mean of its members' chains, and sample the certificate."""
     generator, schedule = settings.generator(f"certificate.path.{i}"), VPLinear(t_min=0.05)
     drawn, step = draw_line(generator, (0.3, 0.8), float(uniform(generator, 0.7, 1.3))), Ancestral()
     grid = time_grid(schedule, CHAIN_STEPS, "log-snr", to_zero=False)

@@ -50,9 +50,7 @@ def uniform(generator: torch.Generator, low: float, high: float, *shape: int) ->
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
-def draw_line(
-    generator: torch.Generator, kl_weight: tuple[float, float] = (0.25, 1.0), strength: float = 1.0
-) -> Drawn:
+def draw_line(generator: torch.Generator, kl_weight: tuple[float, float] = (0.25, 1.0), strength: float = 1.0) -> Drawn:
     """Draw a problem on the line: two or three modes, one reward pulling right and one left.
 
     Args:
@@ -70,7 +68,9 @@ def draw_line(
         for sign, slope, bend in zip((1, -1), slopes, bends, strict=True)
     ]
     share = float(uniform(generator, 0.3, 0.7))
-    problem = Problem("drawn on the line", base, {"right": rewards[0], "left": rewards[1]}, float(uniform(generator, *kl_weight)))
+    problem = Problem(
+        "drawn on the line", base, {"right": rewards[0], "left": rewards[1]}, float(uniform(generator, *kl_weight))
+    )
     return Drawn(problem, Preference({"right": share, "left": 1 - share}, strength))
 
 

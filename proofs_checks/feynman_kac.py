@@ -47,19 +47,19 @@ if TYPE_CHECKING:
 
 TITLE = "Feynman-Kac: weights that make the blend exact"
 WORDS = (
-    "The blend computes every member's score anyway. How far these scores disagree along a path gives that path a weight, and "
-    "with these weights the samples follow the wanted target exactly. The mean weight is the ratio of the "
-    "normalising constants, which mixtures have in closed form; and resampling by the weights brings the modes of the target "
-    "to their exact shares, as close as exact samples of the same number are."
+    "The blend computes every member's score anyway. How far these scores disagree along a path gives that path a "
+    "weight, and with these weights the samples follow the wanted target exactly. The mean weight is the ratio of the "
+    "normalising constants, which mixtures have in closed form; and resampling by the weights brings the modes of the "
+    "target to their exact shares, as close as exact samples of the same number are."
 )
 FORMULA = (
     r"$d \log W = -\frac{g^2}{2}\left(\sum_i c_i |S_i|^2 - |\bar S|^2\right) dt, \qquad "
     r"E[W] = Z_{\lambda r(w)} \,/\, \prod_i Z_i^{c_i}$"
 )
 FALSIFIED_BY = (
-    "a residual of the equation that W stands for; a weight that is not the ratio of transition densities; a mean weight that "
-    "misses the normaliser by more than .05 nats; corrected mode weights further from the target than 1.5 times what exact "
-    "samples of the same number are"
+    "a residual of the equation that W stands for; a weight that is not the ratio of transition densities; a mean "
+    "weight that misses the normaliser by more than .05 nats; corrected mode weights further from the target than 1.5 "
+    "times what exact samples of the same number are"
 )
 
 STEPS = 200
@@ -94,31 +94,68 @@ def check(settings: Settings) -> Outcome:
     miss = max(abs(value - exact) for value, exact, _ in normalizers)
     wrong = min(abs(flipped - exact) for _, exact, flipped in normalizers)
     measurements = [
-        Measurement("equation of q_t: residual (relative), strengths .7 and 1.4", residual, "<=", 1e-10, "sign of the spread", residual_control),
-        Measurement("log W less log of the density ratio (relative), 3 solvers", discrete, "<=", 1e-9, "1/V for 1/(2V)", discrete_control),
-        Measurement(f"log E[W] less its closed form (nats), {len(normalizers)} problems", miss, "<=", 0.05, "sign of the weight", wrong),
+        Measurement(
+            "equation of q_t: residual (relative), strengths .7 and 1.4",
+            residual,
+            "<=",
+            1e-10,
+            "sign of the spread",
+            residual_control,
+        ),
+        Measurement(
+            "log W less log of the density ratio (relative), 3 solvers",
+            discrete,
+            "<=",
+            1e-9,
+            "1/V for 1/(2V)",
+            discrete_control,
+        ),
+        Measurement(
+            f"log E[W] less its closed form (nats), {len(normalizers)} problems",
+            miss,
+            "<=",
+            0.05,
+            "sign of the weight",
+            wrong,
+        ),
     ]
     findings = []
     for alpha, ring in rings.items():
         floor = float(ring.floor.mean())
-        measurements.append(Measurement(
-            f"ring8, alpha {alpha:g}: mode-weight TV, corrected over exact samples", float(ring.corrected.mean()) / floor, "<=", 1.5,
-            "no weights", float(ring.plain.mean()) / floor,
-        ))
+        measurements.append(
+            Measurement(
+                f"ring8, alpha {alpha:g}: mode-weight TV, corrected over exact samples",
+                float(ring.corrected.mean()) / floor,
+                "<=",
+                1.5,
+                "no weights",
+                float(ring.plain.mean()) / floor,
+            )
+        )
         findings.append(
-            f"ring8, alpha {alpha:g}, {ring.particles} samples, {RING_STEPS} steps, mean of {RUNS} runs: mode-weight TV "
-            f"{float(ring.plain.mean()):.4f} plain, {float(ring.corrected.mean()):.4f} corrected, {floor:.4f} exact samples, "
-            f"{float(ring.exact_score.mean()):.4f} exact score on the same grid and noise; log E[W] {ring.normalizer[0]:.3f} "
-            f"({ring.normalizer[1]:.3f} exact); effective samples {ring.ess:.0%}"
+            f"ring8, alpha {alpha:g}, {ring.particles} samples, {RING_STEPS} steps, mean of {RUNS} runs: "
+            f"mode-weight TV {float(ring.plain.mean()):.4f} plain, {float(ring.corrected.mean()):.4f} corrected, "
+            f"{floor:.4f} exact samples, {float(ring.exact_score.mean()):.4f} exact score on the same grid and noise; "
+            f"log E[W] {ring.normalizer[0]:.3f} ({ring.normalizer[1]:.3f} exact); effective samples {ring.ess:.0%}"
         )
     data = {
-        "modes": {alpha: {
-            "target": ring.target.numpy(), "plain": ring.mean_plain.numpy(), "corrected": ring.mean_corrected.numpy(),
-        } for alpha, ring in rings.items()},
-        "distances": {alpha: {
-            "plain": ring.plain.numpy(), "corrected": ring.corrected.numpy(), "exact score": ring.exact_score.numpy(),
-            "exact samples": ring.floor.numpy(),
-        } for alpha, ring in rings.items()},
+        "modes": {
+            alpha: {
+                "target": ring.target.numpy(),
+                "plain": ring.mean_plain.numpy(),
+                "corrected": ring.mean_corrected.numpy(),
+            }
+            for alpha, ring in rings.items()
+        },
+        "distances": {
+            alpha: {
+                "plain": ring.plain.numpy(),
+                "corrected": ring.corrected.numpy(),
+                "exact score": ring.exact_score.numpy(),
+                "exact samples": ring.floor.numpy(),
+            }
+            for alpha, ring in rings.items()
+        },
         "normalizers": normalizers,
     }
     return Outcome(measurements, data, findings)
@@ -134,21 +171,43 @@ def figure(outcome: Outcome) -> Figure:
     places = torch.arange(len(law["target"])).double().numpy()
     modes.bar(places - 0.2, law["plain"], 0.4, color=figures.BLEND, label="blend, plain")
     modes.bar(places + 0.2, law["corrected"], 0.4, color=figures.GOOD, label="blend, corrected")
-    modes.scatter(places, law["target"], marker="_", s=400, linewidths=2, color=figures.EXACT, label="exact target", zorder=3)
+    modes.scatter(
+        places, law["target"], marker="_", s=400, linewidths=2, color=figures.EXACT, label="exact target", zorder=3
+    )
     figures.label(modes, f"ring8, alpha {alpha:g}", "mode", "probability")
-    colours = {"plain": figures.BLEND, "corrected": figures.GOOD, "exact score": figures.OTHER, "exact samples": figures.EXACT}
-    for row, (kl_weight, table) in enumerate(outcome.data["distances"].items()):
+    colours = {
+        "plain": figures.BLEND,
+        "corrected": figures.GOOD,
+        "exact score": figures.OTHER,
+        "exact samples": figures.EXACT,
+    }
+    for row, table in enumerate(outcome.data["distances"].values()):
         for column, (name, values) in enumerate(table.items()):
             distances.plot(
-                [row * 5 + column] * len(values), values, ".", color=colours[name], alpha=0.6, label=name if row == 0 else None,
+                [row * 5 + column] * len(values),
+                values,
+                ".",
+                color=colours[name],
+                alpha=0.6,
+                label=name if row == 0 else None,
             )
-            distances.plot([row * 5 + column - 0.3, row * 5 + column + 0.3], [values.mean()] * 2, color=colours[name], linewidth=2)
+            distances.plot(
+                [row * 5 + column - 0.3, row * 5 + column + 0.3], [values.mean()] * 2, color=colours[name], linewidth=2
+            )
         bound = 1.5 * table["exact samples"].mean()
-        distances.plot([row * 5 - 0.5, row * 5 + 3.5], [bound] * 2, "--", color=figures.BROKEN, label=None if row else "bound: 1.5 exact samples")
+        distances.plot(
+            [row * 5 - 0.5, row * 5 + 3.5],
+            [bound] * 2,
+            "--",
+            color=figures.BROKEN,
+            label=None if row else "bound: 1.5 exact samples",
+        )
     distances.set_yscale("log")
     distances.set_ylim(top=2.5)
     distances.set_xticks([1.5, 6.5], [f"alpha {value:g}" for value in outcome.data["distances"]])
-    figures.label(distances, "One point a run, bars the means", "", "mode-weight TV to the target", ncols=2, loc="upper center")
+    figures.label(
+        distances, "One point a run, bars the means", "", "mode-weight TV to the target", ncols=2, loc="upper center"
+    )
     values, exact, wrong = zip(*outcome.data["normalizers"], strict=True)
     span = [min(*exact, *values) - 0.3, max(*exact, *values) + 0.3]
     normalizers.plot(span, span, color=figures.EXACT, linewidth=1, label="exact")
@@ -203,7 +262,11 @@ def _terms(drawn: Drawn, schedule: VPLinear, x: Tensor, t: Tensor) -> list[float
     laplacian = float(torch.autograd.functional.hessian(lambda y: log_q(y, t), x).trace())
     f, g2 = float(schedule.drift_coef(t)), float(schedule.diffusion_sq(t))
     return [
-        -float(rate), -f * len(x), -f * float(x @ score), g2 / 2 * laplacian, g2 / 2 * float(score.square().sum()),
+        -float(rate),
+        -f * len(x),
+        -f * float(x @ score),
+        g2 / 2 * laplacian,
+        g2 / 2 * float(score.square().sum()),
     ]
 
 
@@ -217,7 +280,9 @@ def _discrete(settings: Settings) -> tuple[float, float]:
         grid = time_grid(schedule, 12, "log-snr")
         blend = drawn.blend(schedule)
         start = schedule.prior((16, 3), generator=generator, dtype=torch.float64)
-        states = list(trajectory(BackwardSDE(schedule, blend), start, grid, noise=generator, step=step, correct="certify"))
+        states = list(
+            trajectory(BackwardSDE(schedule, blend), start, grid, noise=generator, step=step, correct="certify")
+        )
         log_w = torch.zeros(16, dtype=torch.float64)
         old = None
         for move, before, after in zip(step.plan(schedule, grid), states, states[1:], strict=False):
@@ -278,9 +343,16 @@ def _ring(settings: Settings, alpha: float) -> _Ring:
     mean_plain, plain_tv = _modes(drawn.target, plain.samples, particles)
     mean_corrected, corrected_tv = _modes(drawn.target, corrected.samples, particles, corrected.log_weights)
     return _Ring(
-        target=drawn.target.weights, plain=plain_tv, corrected=corrected_tv, mean_plain=mean_plain, mean_corrected=mean_corrected,
-        exact_score=_modes(drawn.target, exact_score.samples, particles)[1], floor=_modes(drawn.target, exact, particles)[1],
-        normalizer=_normalizer(drawn, generator), ess=plain.certificate.ess_fraction, particles=particles,
+        target=drawn.target.weights,
+        plain=plain_tv,
+        corrected=corrected_tv,
+        mean_plain=mean_plain,
+        mean_corrected=mean_corrected,
+        exact_score=_modes(drawn.target, exact_score.samples, particles)[1],
+        floor=_modes(drawn.target, exact, particles)[1],
+        normalizer=_normalizer(drawn, generator),
+        ess=plain.certificate.ess_fraction,
+        particles=particles,
     )
 
 
@@ -291,6 +363,10 @@ def _modes(
     # Responsibilities, not nearest modes: their mean under the target is its weights exactly, and .2 % of a mode lies
     # nearer to its neighbours.
     share = target.responsibilities(x).reshape(-1, particles, target.components)
-    weight = torch.ones(share.shape[:2], dtype=torch.float64) if log_weights is None else log_weights.reshape(-1, particles).exp()
+    weight = (
+        torch.ones(share.shape[:2], dtype=torch.float64)
+        if log_weights is None
+        else log_weights.reshape(-1, particles).exp()
+    )
     mean = torch.einsum("rpk,rp->rk", share, weight / weight.sum(1, keepdim=True))
     return mean.mean(0), (mean - target.weights).abs().sum(1) / 2

@@ -12,6 +12,7 @@ Source: Diffusion Blend 2505.18547, Proposition 2 and Algorithm 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,18 @@ from torch import Tensor
 from proofs_checks.chains import line_nodes, member_means, normal_density, transition
 from proofs_checks.check import Measurement, Outcome, Settings
 from proofs_checks.draw import Drawn, draw_line, draw_space, uniform
-from sdeblend import BackwardSDE, Blend, EulerMaruyama, OneMemberPerStep, Preference, ReplayNoise, VPLinear, solve, time_grid
+from sdeblend import (
+    BackwardSDE,
+    Blend,
+    EulerMaruyama,
+    OneMemberPerStep,
+    Preference,
+    ReplayNoise,
+    ScoreFunction,
+    VPLinear,
+    solve,
+    time_grid,
+)
 from sdeblend.select import PERIOD, Selection, systematic_sequence
 from toy.problems import ring8
 from toy.stack import MixtureStack
@@ -31,18 +43,18 @@ if TYPE_CHECKING:
 
 TITLE = "Proposition 2: one member a step (DB-MPA-LS)"
 WORDS = (
-    "Let every step be served by one member only, drawn with its weight. As the steps get shorter the samples get the law "
-    "of the blend, at the cost of one model instead of all. At n steps the laws differ by an amount of order 1/n; drawn "
-    "systematically along time instead of independently the difference is several times smaller, and with one draw shared by "
-    "the whole batch it is of order n^(-1/2)."
+    "Let every step be served by one member only, drawn with its weight. As the steps get shorter the samples get the "
+    "law of the blend, at the cost of one model instead of all. At n steps the laws differ by an amount of order 1/n; "
+    "drawn systematically along time instead of independently the difference is several times smaller, and with one "
+    "draw shared by the whole batch it is of order n^(-1/2)."
 )
 FORMULA = (
     r"$\mathrm{Cov}(x_s \mid x_t) = h g^2 I + h^2 g^4\, \mathrm{Var}_w(S_i), \qquad "
     r"\mathrm{TV}(\mathrm{LS}_n, \mathrm{blend}_n) = O(1/n)$"
 )
 FALSIFIED_BY = (
-    "a one-step covariance with another extra term; a distance between the laws that does not shrink like 1/n; systematic "
-    "draws that are not five times closer in covariance than independent ones on the ring"
+    "a one-step covariance with another extra term; a distance between the laws that does not shrink like 1/n; "
+    "systematic draws that are not five times closer in covariance than independent ones on the ring"
 )
 
 STEPS = (50, 100, 200, 400)
@@ -55,8 +67,10 @@ def check(settings: Settings) -> Outcome:
     step_error, step_control, frequency, frequency_control = _one_step(settings)
     problems = [_draw_rational(settings, i) for i in range(settings.choose(1, 3))]
     sequences = settings.choose(12, 32)
-    tables = [line_distances(problem, settings.generator(f"proposition_2.shared.{i}"), sequences)
-              for i, problem in enumerate(problems)]
+    tables = [
+        line_distances(problem, settings.generator(f"proposition_2.shared.{i}"), sequences)
+        for i, problem in enumerate(problems)
+    ]
     slopes = [{name: slope(STEPS, row) for name, row in table.items()} for table in tables]
     ring = _ring(settings)
 
@@ -65,23 +79,61 @@ def check(settings: Settings) -> Outcome:
 
     shared = min(table["shared"][-1] / table["independent"][-1] for table in tables)
     measurements = [
-        Measurement("one-step covariance less its formula (relative)", step_error, "<=", 1e-10, "h g^4 for h^2 g^4", step_control),
-        Measurement("a member's frequency less its weight (standard errors)", frequency, "<=", 5, "weights swapped", frequency_control),
-        Measurement("independent draws: |order - 1|, least squares over 4 grids", worst("independent"), "<=", 0.15,
-                    f"probabilities off by {WRONG_SHARE}", worst("wrong")),
-        Measurement("systematic draws: |order - 1|, least squares over 4 grids", worst("systematic"), "<=", 0.15,
-                    f"probabilities off by {WRONG_SHARE}", worst("wrong")),
-        Measurement(f"shared over independent draws, TV at {STEPS[-1]} steps", shared, ">=", 3, "systematic for shared",
-                    min(table["systematic"][-1] / table["independent"][-1] for table in tables)),
-        Measurement("ring8: covariance error, independent over systematic", ring["independent"] / ring["systematic"], ">=", 5,
-                    "independent for systematic", ring["independent"] / ring["again"]),
+        Measurement(
+            "one-step covariance less its formula (relative)",
+            step_error,
+            "<=",
+            1e-10,
+            "h g^4 for h^2 g^4",
+            step_control,
+        ),
+        Measurement(
+            "a member's frequency less its weight (standard errors)",
+            frequency,
+            "<=",
+            5,
+            "weights swapped",
+            frequency_control,
+        ),
+        Measurement(
+            "independent draws: |order - 1|, least squares over 4 grids",
+            worst("independent"),
+            "<=",
+            0.15,
+            f"probabilities off by {WRONG_SHARE}",
+            worst("wrong"),
+        ),
+        Measurement(
+            "systematic draws: |order - 1|, least squares over 4 grids",
+            worst("systematic"),
+            "<=",
+            0.15,
+            f"probabilities off by {WRONG_SHARE}",
+            worst("wrong"),
+        ),
+        Measurement(
+            f"shared over independent draws, TV at {STEPS[-1]} steps",
+            shared,
+            ">=",
+            3,
+            "systematic for shared",
+            min(table["systematic"][-1] / table["independent"][-1] for table in tables),
+        ),
+        Measurement(
+            "ring8: covariance error, independent over systematic",
+            ring["independent"] / ring["systematic"],
+            ">=",
+            5,
+            "independent for systematic",
+            ring["independent"] / ring["again"],
+        ),
     ]
     gain = [table["independent"][k] / table["systematic"][k] for table in tables for k in range(len(STEPS))]
     order = sum(row["shared"] for row in slopes) / len(slopes)
     findings = [
         f"a draw shared by the batch has order {order:.2f} (1/2 expected), mean over {sequences} draws a problem",
-        f"on the line systematic draws are {min(gain):.1f} to {max(gain):.1f} times closer in total variation: the factor of "
-        "5 is one of the ring and of covariances, not of every problem",
+        f"on the line systematic draws are {min(gain):.1f} to {max(gain):.1f} times closer in total variation: "
+        "the factor of 5 is one of the ring and of covariances, not of every problem",
         f"ring8, alpha .25, {RING_STEPS} steps, covariance error against the blend on the same noise: independent "
         f"{ring['independent']:.4f}, systematic {ring['systematic']:.4f}, shared {ring['shared']:.4f}",
     ]
@@ -101,7 +153,9 @@ def figure(outcome: Outcome) -> Figure:
         "wrong": (figures.BROKEN, "x", f"control: probabilities off by {WRONG_SHARE}"),
     }
     for name, (colour, marker, text) in styles.items():
-        left.loglog(steps, table[name], color=colour, marker=marker, label=text, linestyle="--" if name == "wrong" else "-")
+        left.loglog(
+            steps, table[name], color=colour, marker=marker, label=text, linestyle="--" if name == "wrong" else "-"
+        )
     first = table["independent"][0]
     left.loglog(steps, [first * steps[0] / n for n in steps], color=figures.EXACT, linestyle=":", label="slope -1")
     left.set_xticks(steps, [str(n) for n in steps], minor=False)
@@ -110,13 +164,22 @@ def figure(outcome: Outcome) -> Figure:
     left.set_ylim(bottom=min(table["systematic"]) / 12)
     names = ("shared", "independent", "systematic")
     right.bar(range(3), [ring[name] for name in names], color=[styles[name][0] for name in names], width=0.6)
-    right.errorbar(range(3), [ring[name] for name in names], [2 * ring[name + "_se"] for name in names], fmt="none",
-                   color=figures.EXACT, capsize=4, label="two standard errors")
+    right.errorbar(
+        range(3),
+        [ring[name] for name in names],
+        [2 * ring[name + "_se"] for name in names],
+        fmt="none",
+        color=figures.EXACT,
+        capsize=4,
+        label="two standard errors",
+    )
     right.axhline(ring["independent"] / 5, color=figures.BROKEN, linestyle="--", label="bound: a fifth of independent")
     right.set_yscale("log")
     right.set_ylim(top=6 * max(ring[name] for name in names))
     right.set_xticks(range(3), names)
-    figures.label(right, f"ring8, {RING_STEPS} steps, same noise", "how members are drawn", "covariance error (Frobenius)")
+    figures.label(
+        right, f"ring8, {RING_STEPS} steps, same noise", "how members are drawn", "covariance error (Frobenius)"
+    )
     return fig
 
 
@@ -136,7 +199,9 @@ def _one_step(settings: Settings) -> tuple[float, float, float, float]:
     h = 0.02
     grid = torch.tensor([t, t - h], dtype=torch.float64)
     start = x.expand(rows, 3).clone()
-    one = OneMemberPerStep(drawn.problem.stack(schedule), drawn.coefficients, grid, rows, method="independent", generator=generator)
+    one = OneMemberPerStep(
+        drawn.problem.stack(schedule), drawn.coefficients, grid, rows, method="independent", generator=generator
+    )
     end = solve(BackwardSDE(schedule, one), start, grid, noise=ReplayNoise([torch.zeros_like(start)])).samples
     measured = torch.cov(end.T, correction=0)
     scores = torch.stack([_autograd_score(member.noised(schedule, t).log_prob, x) for member in drawn.laws])
@@ -151,7 +216,7 @@ def _one_step(settings: Settings) -> tuple[float, float, float, float]:
     return error, control, z, swapped
 
 
-def _autograd_score(log_prob, x: Tensor) -> Tensor:  # noqa: ANN001 - any differentiable log density
+def _autograd_score(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     point = x.clone().requires_grad_()
     return torch.autograd.grad(log_prob(point), point)[0]
 
@@ -225,18 +290,23 @@ def _ring(settings: Settings) -> dict[str, float]:
     w = torch.tensor([share, 1 - share], dtype=torch.float64)
     start, seed = schedule.prior((batch, 2), generator=generator), int(torch.randint(2**31, (), generator=generator))
 
-    def run(score) -> Tensor:  # noqa: ANN001 - any score function
-        return solve(BackwardSDE(schedule, score), start, grid, noise=torch.Generator().manual_seed(seed)).samples.double()
+    def run(score: ScoreFunction) -> Tensor:
+        return solve(
+            BackwardSDE(schedule, score), start, grid, noise=torch.Generator().manual_seed(seed)
+        ).samples.double()
 
     blend, out = run(Blend(stack, w)), {}
     methods: dict[str, Selection] = {
-        "independent": "independent", "again": "independent", "systematic": "systematic", "shared": "shared",
+        "independent": "independent",
+        "again": "independent",
+        "systematic": "systematic",
+        "shared": "shared",
     }
     for name, method in methods.items():
         samples = run(OneMemberPerStep(stack, w, grid, batch, method=method, generator=generator))
-        parts = torch.stack([
-            torch.cov(a.T) - torch.cov(b.T) for a, b in zip(samples.chunk(20), blend.chunk(20), strict=True)
-        ])
+        parts = torch.stack(
+            [torch.cov(a.T) - torch.cov(b.T) for a, b in zip(samples.chunk(20), blend.chunk(20), strict=True)]
+        )
         out[name] = float(parts.mean(0).norm())
         out[name + "_se"] = float(parts.std(0).norm()) / math.sqrt(len(parts))
     return out

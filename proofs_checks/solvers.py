@@ -13,6 +13,7 @@ Source: Li et al. 2001.01328 (torchsde); Roessler 2010 (SRK); Kloeden and Platen
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,17 +43,17 @@ if TYPE_CHECKING:
 
 TITLE = "The coupling of solvers: our steps and torchsde's"
 WORDS = (
-    "Two solvers that share no code and are given the same equation must give the same law; on the same Brownian path they must "
-    "give the same samples, up to what their orders of convergence say. What remains with an exact score "
-    "is the step's own error, and every experiment must be read beside it: too few steps can look like a wrong blend."
+    "Two solvers that share no code and are given the same equation must give the same law; on the same Brownian path "
+    "they must give the same samples, up to what their orders of convergence say. What remains with an exact score is "
+    "the step's own error, and every experiment must be read beside it: too few steps can look like a wrong blend."
 )
 FORMULA = (
     r"$x_s = x_t - h (f x_t - g^2 \bar S_t(x_t)) + g\,(w_t - w_s), \qquad "
     r"|x^{\mathrm{Euler}}_n - x^{\mathrm{SRK}}| = O(1/n)$"
 )
 FALSIFIED_BY = (
-    "an Euler path of ours that leaves torchsde's by more than rounding; a distance to SRK on the same path that does not "
-    "shrink like 1/n; a moment that differs by more than five standard errors"
+    "an Euler path of ours that leaves torchsde's by more than rounding; a distance to SRK on the same path that does "
+    "not shrink like 1/n; a moment that differs by more than five standard errors"
 )
 
 OFF = 1.05
@@ -70,17 +71,40 @@ def check(settings: Settings) -> Outcome:
     off = f"score {OFF - 1:.0%} off"
     measurements = [
         Measurement("Euler on one path: largest difference of samples (units of x)", path, "<=", 1e-9, off, path_off),
-        Measurement("SRK on one path: |order - 1| of the median distance, 4 grids", abs(order - 1), "<=", 0.15, off, abs(order_off - 1)),
-        Measurement("independent noise: largest difference of moments (std errors)", max(map(abs, z)), "<=", 5, off, max(map(abs, z_off))),
+        Measurement(
+            "SRK on one path: |order - 1| of the median distance, 4 grids",
+            abs(order - 1),
+            "<=",
+            0.15,
+            off,
+            abs(order_off - 1),
+        ),
+        Measurement(
+            "independent noise: largest difference of moments (std errors)",
+            max(map(abs, z)),
+            "<=",
+            5,
+            off,
+            max(map(abs, z_off)),
+        ),
     ]
     flow = _kept(STEPS["ddim-ancestral"](), RectifiedFlow(), "uniform")
     findings = [
         f"with the exact score of N(0, 1) at {', '.join(map(str, KEPT_STEPS))} steps, VP-linear, {name} on a "
-        f"{_spacing(STEPS[name]())} grid keeps {_percent(row)} % of the variance" for name, row in kept.items()
+        f"{_spacing(STEPS[name]())} grid keeps {_percent(row)} % of the variance"
+        for name, row in kept.items()
     ]
     findings.append(f"the same for rectified flow and DDIM eta=1 on a uniform grid: {_percent(flow)} %")
-    data = {"grids": GRIDS, "errors": errors, "errors_off": errors_off, "moments": names, "z": z, "z_off": z_off,
-            "kept_steps": KEPT_STEPS, "kept": kept}
+    data = {
+        "grids": GRIDS,
+        "errors": errors,
+        "errors_off": errors_off,
+        "moments": names,
+        "z": z,
+        "z_off": z_off,
+        "kept_steps": KEPT_STEPS,
+        "kept": kept,
+    }
     return Outcome(measurements, data, findings)
 
 
@@ -216,7 +240,8 @@ def _law(settings: Settings) -> tuple[list[float], list[float], list[str]]:
     return rows[0], rows[1], names
 
 
-def _moments(target: GaussianMixture):  # noqa: ANN202 - names, and samples (B, 1) -> values (moments, B)
+def _moments(target: GaussianMixture) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """Return names, and a function from samples (B, 1) to values (moments, B)."""
     modes = [f"mode {k + 1}" for k in range(target.components - 1)]
 
     def functions(x: Tensor) -> Tensor:
@@ -238,9 +263,11 @@ def _kept(step: Step, schedule: NoiseSchedule, spacing: Spacing) -> list[float]:
         rows = torch.eye(n + 1, dtype=torch.float64)[..., None]
         start = rows[0] * schedule.prior_std()
         end = solve(
-            BackwardSDE(schedule, score), start, time_grid(schedule, n, spacing), noise=ReplayNoise(list(rows[1:])), step=step
+            BackwardSDE(schedule, score),
+            start,
+            time_grid(schedule, n, spacing),
+            noise=ReplayNoise(list(rows[1:])),
+            step=step,
         ).samples
         out.append(float(end.square().sum()))
     return out
-
-
