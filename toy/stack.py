@@ -96,7 +96,7 @@ class MixtureStack:
             active: positions of the members wanted.
 
         Raises:
-            ValueError: x of another shape, or a time outside the schedule.
+            ValueError: x of another shape, a time outside the schedule, or a member that is not there.
             TypeError: x of another dtype.
         """
         if x.ndim != 2 or x.shape[1] != self.dim:
@@ -106,6 +106,8 @@ class MixtureStack:
         if x.dtype is not torch.float32 and x.dtype is not torch.float64:
             raise TypeError(f"a state must be float32 or float64, got {x.dtype}; call .float() on it")
         chosen = self._all if active is None else tuple(active)
+        if chosen not in self._chosen:
+            self._choose(chosen)
         if x.requires_grad and torch.is_grad_enabled():
             members = [self.mixtures[k].noised(self.schedule, t) for k in chosen]
             return torch.stack([member.score(x) for member in members]).to(x.dtype)
@@ -120,11 +122,16 @@ class MixtureStack:
         kernel, shared, centre, coefficients = found
         return kernel.scores(x, centre, coefficients, shared)
 
+    def _choose(self, chosen: tuple[int, ...]) -> None:
+        if not chosen or any(isinstance(k, bool) or k not in self._all for k in chosen):
+            raise ValueError(
+                f"active must name members of the stack, each from 0 to {len(self) - 1}, got {list(chosen)}"
+            )
+        self._chosen[chosen] = self._parameters.members(chosen)
+
     def _find(self, time: float, few: bool, key: _Key) -> tuple[Kernel, tuple[int, ...], Tensor, Coefficients]:
         chosen, dtype, device = key
-        parameters = self._chosen.get(chosen)
-        if parameters is None:
-            parameters = self._chosen[chosen] = self._parameters.members(chosen)
+        parameters = self._chosen[chosen]
         if few and chosen not in self._few:
             self._few[chosen] = Eigen(parameters)
         kernel = self._few[chosen] if few else self._many
