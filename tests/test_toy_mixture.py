@@ -1,6 +1,7 @@
 """Closed forms of Gaussian mixtures against quadrature and autograd, and under every symmetry they have."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def integral(function):
     """Integrate over the line; pieces between the modes, so that quad sees every one of them."""
     pieces = [-12.0, -3.0, -1.5, -0.5, 0.4, 1.0, 2.0, 4.0, 14.0]
     total = 0.0
-    for low, high in zip(pieces[:-1], pieces[1:], strict=True):
+    for low, high in pairwise(pieces):
         total += quad(function, low, high, epsabs=0, epsrel=1e-13, limit=200)[0]
     return total
 
@@ -86,7 +87,7 @@ def test_two_dimensions_by_quadrature():
 
 @given(tilts())
 def test_tilts_compose(drawn):
-    base, first, second, alpha, seed = drawn
+    base, first, second, alpha, _ = drawn
     twice = base.tilt(first, kl_weight=alpha).tilt(second, kl_weight=alpha)
     once = base.tilt(first + second, kl_weight=alpha)
     close(twice.weights, once.weights, 1e-9, scale=1)
