@@ -182,7 +182,7 @@ def strengths_figure(
     values, errors = ([float(part) for part in parts] for parts in zip(*found.values(), strict=True))
     whiskers = [2 * error for error in errors]
     right.errorbar(list(found), values, whiskers, fmt="o", mfc="none", color=_CONTROL.colour, label="base reweighted")
-    label(right, "what it earns", "strength λ", f"mean reward '{name}' (sd under the base)")
+    label(right, "what it earns", "strength λ", f"mean reward '{name}' (base sd)")
     legend_below(figure, note="whiskers are two standard errors")
     return figure
 

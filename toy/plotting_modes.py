@@ -32,7 +32,7 @@ def laws_figure(
         arrows: title -> a direction (2,), such as a reward's gradient, drawn from the middle of the panel.
     """
     window = window_of([target, *(law for law, _ in laws.values())])
-    figure, grid = panels(len(laws), columns=len(laws), width=3.1, height=3.2)
+    figure, grid = panels(len(laws), columns=len(laws), width=3.1, height=3.7)
     _loosen(figure)
     for axes, (title, (law, style)) in zip(grid, laws.items(), strict=True):
         if title in clouds:
@@ -78,11 +78,10 @@ def mode_bars(axes: Axes, outcome: Outcome, methods: Sequence[str]) -> None:
     rows = {"target": outcome.report["target"]} | {name: outcome.report["methods"][name] for name in methods}
     width, places = 0.8 / len(rows), np.arange(1, 1 + outcome.problem.base.components)
     for i, (name, row) in enumerate(rows.items()):
-        style, whiskers = style_of(name), {"ecolor": "0.3", "elinewidth": 0.8}
+        style = style_of(name)
         offset = places + (i - (len(rows) - 1) / 2) * width
         errors = 2 * np.array(row["component_weights_se"]) if "component_weights_se" in row else None
-        look = {"color": style.colour, "label": style.label, "error_kw": whiskers}
-        axes.bar(offset, row["component_weights"], width, yerr=errors, **look)
+        axes.bar(offset, row["component_weights"], width, yerr=errors, color=style.colour, label=style.label)
     label(axes, "share of each mode", "mode", "share of the samples", xticks=places)
 
 
