@@ -110,12 +110,12 @@ def test_side_by_side_equals_switching(tmp_path):
             pipe.unet.add_adapter(config, adapter_name=name)
     pipe.unet.set_adapter("background")
     members = load_members(pipe, paths | {"conv": None})
-    names = ("m0", None, "conv", "m1")
+    names: tuple[str | None, ...] = ("m0", None, "conv", "m1")
     call = inputs(2)
     with members.switch.borrowed() as switch:
         one_by_one = []
-        for name in names:
-            switch.use(*([] if name is None else [name]))
+        for chosen in names:
+            switch.use(*[n for n in (chosen,) if n is not None])
             one_by_one.append(run(pipe.unet, **call))
         switch.use()
         joined = {k: v if k == "timestep" else torch.cat([v] * len(names)) for k, v in call.items()}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+import stablediffusion
 from sdeblend import Preference
-from stablediffusion import blend, load_members
+from stablediffusion import load_members
 from stablediffusion.testing import tiny_call, tiny_lora, tiny_pipeline
 from tests import sd_reference as reference
 
 PROMPT = "a red circle"
+blend: Any = stablediffusion.blend  # its knobs are looked into here
 HALVES = Preference({"a": 0.5, "b": 0.5})
 SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,
@@ -117,26 +120,21 @@ def test_text_encoder_members_have_their_own_prompt(family, tmp_path):
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_offloading_blends_every_call(when, tmp_path):
     """Accelerate moves the forward; a blend put in the wrong place would run once and then silently stop."""
-    from accelerate.hooks import CpuOffload, add_hook_to_module
-
     pipe, members, _ = with_members(tmp_path)
+    plain = call(pipe)
     with blend(pipe, members, HALVES):
         expected = call(pipe)
-    original = pipe.unet.forward
-
-    def offload():
-        add_hook_to_module(pipe.unet, CpuOffload(execution_device="cpu"), append=True)
-
     if when == "before":
-        offload()
+        pipe.enable_model_cpu_offload(device="cpu")
     with blend(pipe, members, HALVES) as knobs:
         if when == "inside":
-            offload()
+            pipe.enable_model_cpu_offload(device="cpu")
         for n in range(1, 4):
             assert torch.equal(call(pipe), expected)
             assert knobs.calls == 4 * n
-    assert pipe.unet._old_forward == original
-    assert (call(pipe) - expected).abs().max() > 1e-3
+    assert torch.equal(call(pipe), plain)
+    assert "_sdeblend_attached" not in pipe.unet.__dict__
+    assert (plain - expected).abs().max() > 1e-3
 
 
 def test_one_member_a_step(tmp_path):
@@ -165,7 +163,7 @@ def test_one_member_a_step(tmp_path):
 
 def test_batch_size_and_history_do_not_matter(tmp_path):
     pipe, members, _ = with_members(tmp_path)
-    preference = Preference({"a": [0.2, 0.5, 0.9], "b": [0.8, 0.5, -0.2]}, strength=1.2)
+    preference = Preference({"a": torch.tensor([0.2, 0.5, 0.9]), "b": torch.tensor([0.8, 0.5, -0.2])}, strength=1.2)
     with blend(pipe, members, preference) as knobs:
         three = call(pipe, num_images_per_prompt=3, generator=[seeded(i) for i in range(3)], eta=1.0)
         for i, (a, b) in enumerate([(0.2, 0.8), (0.5, 0.5), (0.9, -0.2)]):
@@ -181,7 +179,12 @@ def test_half_precision_stays_in_the_network(tmp_path):
     seen = []
     with blend(pipe, members, HALVES, batched=True) as knobs:
         evaluate = knobs._blend.evaluate
-        knobs._blend.evaluate = lambda x, t: seen.append(evaluate(x, t)) or seen[-1]
+
+        def recorded(x, t):
+            seen.append(evaluate(x, t))
+            return seen[-1]
+
+        knobs._blend.evaluate = recorded
         assert call(pipe, eta=1.0).dtype == torch.bfloat16
         assert knobs.certificate is not None
     assert {e.members.dtype for e in seen} == {torch.float32}
@@ -238,7 +241,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path):
 
     refused("can weigh only a, b, got c", {"c": 1.0})
     refused("mode must be one of", mode="mean")
-    refused("one preference", Preference({"a": [0.1, 0.2]}), mode="soup")
+    refused("one preference", Preference({"a": torch.tensor([0.1, 0.2])}), mode="soup")
     refused("got mode 'ls'", mode="ls", correct="resample")
     with pytest.raises(ValueError, match="never used"), blend(pipe, members, HALVES):
         pass

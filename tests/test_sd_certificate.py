@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
 
+import stablediffusion
 from sdeblend import Correction, Preference, effective_sample_size
-from stablediffusion import blend, load_members
+from stablediffusion import load_members
 from stablediffusion.testing import tiny_call, tiny_lora, tiny_pipeline
 from tests import sd_reference as reference
 
@@ -16,6 +19,8 @@ SCHEDULERS = {
     "ddpm": diffusers.DDPMScheduler,
     "euler-a": diffusers.EulerAncestralDiscreteScheduler,
 }
+# What knobs tell may be None; here it must not be, and None would fail.
+blend: Any = stablediffusion.blend
 WEIGHTS = Preference({"a": 0.5, "b": 0.3})
 
 
@@ -108,7 +113,7 @@ def test_one_group_a_prompt_and_preference(tmp_path):
         pipe(["a", "b"], num_images_per_prompt=3, generator=seeded(), **settings)
         assert len(knobs.certificates) == 2
         assert knobs.certificate is None
-        knobs.preference = Preference({"a": [0.1, 0.1, 0.9], "b": 0.1})
+        knobs.preference = Preference({"a": torch.tensor([0.1, 0.1, 0.9]), "b": 0.1})
         pipe("a", num_images_per_prompt=3, generator=seeded(), **settings)
         assert [len(c.per_sample) for c in knobs.certificates] == [2, 1]
 
