@@ -27,7 +27,7 @@ MOST_CELLS, MOST_LINES, MOST_BYTES, SECONDS = 20, 10, 1_000_000, 300
 # Folders of one machine; a notebook is read on others.
 PLACES = re.compile(r"/(home|root|tmp|work|usr|Users)/|site-packages|[A-Z]:\\\\")
 
-FALSIFIES = re.compile(r"would falsify|would be wrong if")
+FALSIFIES = re.compile(r"would falsify|would be wrong")
 
 Notebook = Any
 Rule = Callable[[Notebook], list[str]]
