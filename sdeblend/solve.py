@@ -55,7 +55,7 @@ class Solution:
         samples: (B, *event).
         log_weights: log W of each sample, since the last resampling if any, float64 (B,); None without correction.
             Samples weighted by W follow the target; with mode "certify" they may be ignored.
-        certificates: one a group of particles; empty without correction.
+        certificates: one a group of particles, in order of appearance or of the given labels; empty without correction.
         log_normalizers: (log E[W], standard error), one a group; of the tempered weights if tempered.
         evaluations: member evaluations a sample.
         resampled: the steps after which samples were redrawn.
