@@ -351,7 +351,7 @@ def _flatten(outer: Stack, rule: Tensor | CoefficientRule) -> tuple[ScoreStack, 
             if isinstance(member, Blend):
                 inner = member.coefficients if t is None else member.coefficients_at(t)
             row = torch.zeros(*inner.shape[:-1], total, dtype=torch.float64)
-            row[..., index] += inner
+            row.index_add_(-1, torch.tensor(index), inner)  # a leaf named twice counts twice
             rows.append(row)
         return torch.stack(torch.broadcast_tensors(*rows), dim=-2)
 
