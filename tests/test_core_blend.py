@@ -102,6 +102,14 @@ def test_nested_blends_are_flat_and_evaluate_a_leaf_once():
     torch.testing.assert_close(got, by_hand, rtol=1e-12, atol=1e-12)
 
 
+def test_a_leaf_named_twice_counts_twice():
+    a, b = counted(leaf(0)), leaf(1)
+    nested = Blend([Blend([a, a, b], row(0.5, 0.2, 0.3)), b], row(0.5, 0.5))
+    torch.testing.assert_close(nested.coefficients, row(0.35, 0.65))
+    torch.testing.assert_close(nested(draw(5, 2), T), 0.35 * leaf(0)(draw(5, 2), T) + 0.65 * b(draw(5, 2), T))
+    assert a.count == 1
+
+
 def test_blends_that_share_a_stack_evaluate_it_once():
     stack = CountingStack(Stack(leaves(3)))
     nested = Blend([Blend(stack, row(0.5, 0.5, 0)), Blend(stack, row(0, 0.5, 0.5)), leaf(9)], row(0.4, 0.4, 0.2))

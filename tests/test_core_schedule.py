@@ -67,6 +67,35 @@ def test_the_forward_process_has_these_moments(name):
     assert moments_by_quadrature(schedule, factor=1.05)[1] != pytest.approx(float(ratio[1] - ratio[0]), rel=1e-2)
 
 
+class GeometricVE(NoiseSchedule):
+    """A schedule of the user's own, from the abstract methods only: sigma grows geometrically."""
+
+    t_min, t_max = 0.01, 1.0
+
+    def log_alpha(self, t):
+        return torch.zeros_like(torch.as_tensor(t, dtype=torch.float64))
+
+    def sigma(self, t):
+        return 1e-2 * 5e3 ** torch.as_tensor(t, dtype=torch.float64)
+
+    def log_snr_rate(self, t):
+        return torch.full_like(torch.as_tensor(t, dtype=torch.float64), -2 * math.log(5e3))
+
+    def drift_coef(self, t):
+        return self.log_alpha(t)
+
+    def time_of_log_snr(self, log_snr):
+        return (-torch.as_tensor(log_snr, dtype=torch.float64) / 2 - math.log(1e-2)) / math.log(5e3)
+
+
+def test_a_schedule_of_the_users_own_gets_the_rest():
+    schedule = GeometricVE()
+    t = inner_times(schedule)
+    torch.testing.assert_close(schedule.diffusion_sq(t), derivative(lambda u: schedule.sigma(u).square(), t))
+    torch.testing.assert_close(schedule.sigma_rate(t), derivative(schedule.sigma, t))
+    torch.testing.assert_close(schedule.log_snr_rate(t), derivative(schedule.log_snr, t))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_time_of_log_snr_inverts(name):
     schedule = SCHEDULES[name]()
