@@ -14,7 +14,7 @@ from toy.problems import conflict_line
 LINE = GaussianMixture([0.5, 0.3, 0.2], [[-1.5], [0.4], [2.0]], [0.2, 0.05, 0.4])
 HILL = QuadraticReward([0.7], [[0.9]], 0.3)
 # Each example integrates over tilts: a sixth of the usual number keeps the file quick.
-FEWER = settings(max_examples=max(10, settings.default.max_examples // 6))
+FEWER = settings(max_examples=max(10, settings().max_examples // 6))
 
 
 @st.composite

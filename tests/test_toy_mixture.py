@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,7 +247,8 @@ def test_weights_are_normalised_and_covariances_kept_isotropic():
 
 
 EYE = [[1.0, 0.0], [0.0, 1.0]]
-TWO = GaussianMixture([0.5, 0.5], [[0.0, 0.0], [1.0, 1.0]], [1.0, 0.25])
+MIXTURE: Any = GaussianMixture
+TWO: Any = GaussianMixture([0.5, 0.5], [[0.0, 0.0], [1.0, 1.0]], [1.0, 0.25])
 FLAT = QuadraticReward([1.0, 0.0])
 STEEP = QuadraticReward(quadratic=[[-3.0, 0.0], [0.0, 0.0]])
 
@@ -277,7 +279,7 @@ STEEP = QuadraticReward(quadratic=[[-3.0, 0.0], [0.0, 0.0]])
             ["positive definite", "component 0"],
             ValueError,
         ),
-        (lambda: GaussianMixture(["a"], [[0.0]], [1.0]), ["weights", "numbers"], TypeError),
+        (lambda: MIXTURE(["a"], [[0.0]], [1.0]), ["weights", "numbers"], TypeError),
         (lambda: GaussianMixture([1.0], [[0.0], [1.0, 2.0]], [1.0]), ["means"], (TypeError, ValueError)),
         (lambda: TWO.tilt(FLAT, kl_weight=0.0), ["kl_weight", "above 0"], ValueError),
         (lambda: TWO.tilt(FLAT, kl_weight=-1.0), ["kl_weight", "-1"], ValueError),

@@ -1,6 +1,7 @@
 """Named problems: their reference values, the target they ask for, and what a correction must average to."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,7 @@ def test_stack_has_the_base_first():
 
 
 BASE = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
+NO_REWARD: Any = len
 PLANE = QuadraticReward([1.0, 0.0])
 
 
@@ -139,13 +141,14 @@ PLANE = QuadraticReward([1.0, 0.0])
         (lambda: Problem("p", BASE, {}, 1.0), ["at least one"], ValueError),
         (lambda: Problem("p", BASE, {"a": QuadraticReward([1.0])}, 1.0), ["2 dimensions", "1"], ValueError),
         (lambda: Problem("p", BASE, {"a": PLANE}, 0.0), ["kl_weight"], ValueError),
-        (lambda: Problem("p", BASE, {"a": len}, 1.0), ["QuadraticReward"], TypeError),
+        (lambda: Problem("p", BASE, {"a": NO_REWARD}, 1.0), ["QuadraticReward"], TypeError),
         (lambda: ring8().member("left"), ["right, up", "'left'"], ValueError),
         (lambda: ring8().target([1.0]), ["2 rewards", "1"], ValueError),
         (lambda: ring8().target({"down": 1.0}), ["right, up", "down"], ValueError),
         (lambda: ring8().target(Preference({"down": 1.0})), ["right, up", "down"], ValueError),
         (lambda: ring8().target(Preference({"up": torch.ones(3)})), ["one a sample"], ValueError),
         (lambda: ring8().target(HALVES, math.nan), ["nan"], ValueError),
+        (lambda: ring8().target(Preference({"up": 1.0}, 0.5), 0.5), ["own strength", "0.5"], ValueError),
         (lambda: ring8().blend_log_normalizer([0.5, 0.6, 0.0]), ["sum to 1", "1.1"], ValueError),
         (lambda: ring8().blend_log_normalizer([0.5, 0.5]), ["3 members", "(2,)"], ValueError),
         (lambda: ring8().blend_log_normalizer(torch.ones(2, 3) / 3), ["(2, 3)"], ValueError),

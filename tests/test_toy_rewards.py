@@ -1,6 +1,7 @@
 """Rewards: the algebra is the algebra of functions; what is no reward is refused."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_values_written_out():
     assert "constant=3" in repr(reward) and "quadratic" not in repr(QuadraticReward([1.0]))
 
 
-LINEAR = QuadraticReward([1.0, 0.0])
+LINEAR: Any = QuadraticReward([1.0, 0.0])
+REWARD: Any = QuadraticReward
 
 
 @pytest.mark.parametrize(
@@ -68,8 +70,8 @@ LINEAR = QuadraticReward([1.0, 0.0])
         (lambda: QuadraticReward([math.nan]), ["finite", "nan"], ValueError),
         (lambda: QuadraticReward([1.0, 1.0], [[1.0, 2.0], [0.0, 1.0]]), ["symmetric", "2"], ValueError),
         (lambda: QuadraticReward([1.0], constant=math.inf), ["constant", "inf"], ValueError),
-        (lambda: QuadraticReward([1.0], constant="1"), ["constant", "'1'"], ValueError),
-        (lambda: QuadraticReward(["a"]), ["linear"], TypeError),
+        (lambda: REWARD([1.0], constant="1"), ["constant", "'1'"], ValueError),
+        (lambda: REWARD(["a"]), ["linear"], TypeError),
         (lambda: QuadraticReward([[1.0], [1.0, 2.0]]), ["linear"], (TypeError, ValueError)),
         (lambda: LINEAR(torch.zeros(3)), ["(3,)", "2 dimensions"], ValueError),
         (lambda: LINEAR(torch.zeros(3, 2, dtype=torch.long)), ["int64"], TypeError),

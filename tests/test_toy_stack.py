@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_is_a_score_stack_that_blends():
     stack = problem.stack(SCHEDULE)
     assert isinstance(stack, ScoreStack) and len(stack) == 3
     x = points(problem.base, 0.4, 6, 0)
-    close(mixture_score(problem.base, SCHEDULE)(x, 0.5), stack(x, 0.5)[0])
+    close(mixture_score(problem.base, SCHEDULE)(x, torch.tensor(0.5)), stack(x, 0.5)[0])
     counting = CountingStack(stack)
     blend = Blend(counting, torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64))
     scores = plain([problem.member("right"), problem.member("up")], x, 0.4)
@@ -243,6 +244,7 @@ def test_a_run_with_the_exact_score_gives_the_law():
     assert float(z.abs().max()) > 5
 
 
+STACK: Any = MixtureStack
 PLANE = MixtureStack([full_mixture(2, 2)], SCHEDULE)
 
 
@@ -251,8 +253,8 @@ PLANE = MixtureStack([full_mixture(2, 2)], SCHEDULE)
     [
         (lambda: MixtureStack([], SCHEDULE), ["at least one"], ValueError),
         (lambda: MixtureStack([full_mixture(2, 2), full_mixture(3, 2)], SCHEDULE), ["2 and 3"], ValueError),
-        (lambda: MixtureStack([1], SCHEDULE), ["int at 0"], TypeError),
-        (lambda: MixtureStack([full_mixture(2, 2)], None), ["NoiseSchedule"], TypeError),
+        (lambda: STACK([1], SCHEDULE), ["int at 0"], TypeError),
+        (lambda: STACK([full_mixture(2, 2)], None), ["NoiseSchedule"], TypeError),
         (lambda: PLANE(torch.zeros(3), 0.5), ["(B, 2)", "(3,)"], ValueError),
         (lambda: PLANE(torch.zeros(3, 3), 0.5), ["(3, 3)"], ValueError),
         (lambda: PLANE(torch.zeros(3, 2, dtype=torch.float16), 0.5), ["float16"], TypeError),

@@ -82,13 +82,18 @@ class Problem:
 
         Args:
             weights: by name or in order; or a ``Preference``, which brings its own strength.
-            strength: lambda.
+            strength: lambda; leave it out with a ``Preference``.
+
+        Raises:
+            ValueError: weights for other rewards, one set a sample, or a strength given twice.
         """
         if isinstance(weights, Preference):
+            if strength != 1:
+                raise ValueError(f"a Preference brings its own strength, got {strength:g} beside it; set it there")
             c = weights.coefficients(self.names)
             if c.ndim != 1:
                 raise ValueError("a target belongs to one preference, got one a sample; ask for each row's own")
-            return combine(self.rewards, dict(zip(self.names, c[1:].tolist(), strict=True))) * strength
+            return combine(self.rewards, dict(zip(self.names, c[1:].tolist(), strict=True)))
         return combine(self.rewards, weights) * strength
 
     def target(
