@@ -228,7 +228,7 @@ def _family_errors(sampled: Sampled, problem: Problem, target: GaussianMixture) 
 
 def _bounds(name: str, end: State, prepared: Prepared) -> dict[str, Any]:
     """Return what the weights of a blend say of it, None where there are none."""
-    keys = ("certificate", "certificate_se", "certificate_note", "ess_fraction")
+    keys: tuple[str, ...] = ("certificate", "certificate_se", "certificate_note", "ess_fraction")
     keys += ("log_normalizer_estimate", "log_normalizer_estimate_se", "log_normalizer_closed_form")
     if end.weights is None:
         blend = METHODS[name].correct is not None
