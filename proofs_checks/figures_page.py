@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.mathtext import MathTextParser
 
 from proofs_checks.figures import BLEND, BROKEN, OTHER, label
 
@@ -54,24 +56,27 @@ def image(picture: Figure, dpi: int = 130) -> str:
     return _address("image/png", pixels.getvalue())
 
 
-def formula(text: str) -> tuple[str, float]:
-    """Return a formula as a ``data:`` address and its width in inches.
+def formula(line: str) -> tuple[str, float]:
+    """Return one line of mathematics as a ``data:`` address and its width in inches.
 
     Args:
-        text: mathtext, one line or several; a line without a dollar sign is all mathematics.
+        line: mathtext; without a dollar sign it is all mathematics.
 
     Raises:
         ValueError: if it is not valid mathtext.
     """
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    picture = Figure(figsize=(1, 1))
-    written = picture.text(0, 0, "\n".join(line if "$" in line else f"${line}$" for line in lines), linespacing=1.7)
-    written.set(fontsize=12, math_fontfamily="cm")
+    text = line.strip() if "$" in line else f"${line.strip()}$"
+    font = FontProperties(size=12, math_fontfamily="cm")
+    # Measured by hand: the tight box of a saved figure cuts off tall fractions and integrals.
+    width, height, depth = (float(size) for size in MathTextParser("path").parse(text, dpi=72, prop=font)[:3])
+    margin = 3.0
+    width, height = width + 2 * margin, height + 2 * margin
+    picture = Figure(figsize=(width / 72, height / 72), dpi=72)
+    picture.text(margin / width, (depth + margin) / height, text, fontproperties=font)
     out = io.BytesIO()
     with rc_context(SVG):
-        width = written.get_window_extent().width / picture.dpi
-        picture.savefig(out, format="svg", metadata=NOTHING, bbox_inches="tight", pad_inches=0.03, transparent=True)
-    return _address("image/svg+xml", out.getvalue()), width
+        picture.savefig(out, format="svg", metadata=NOTHING, transparent=True)
+    return _address("image/svg+xml", out.getvalue()), width / 72
 
 
 def _address(kind: str, content: bytes) -> str:

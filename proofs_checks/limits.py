@@ -162,7 +162,8 @@ def _run_gaussian(dim: int, generator: torch.Generator, count: int) -> dict[str,
 def _run_ends(dim: int, generator: torch.Generator, count: int) -> tuple[float, float]:
     """Sample at strength 0 and 1; largest |z| of means and mode weights, against the right law and the other one."""
     problem = draw_problem(generator, dim=dim, components=3)
-    laws = [problem.base, problem.base.tilt(problem.rewards[0].closed, kl_weight=problem.kl_weight)]
+    reward = QuadraticReward(problem.rewards[0].linear).normalized(problem.base)
+    laws = [problem.base, problem.base.tilt(reward, kl_weight=0.5)]
     right: list[float] = []
     swapped: list[float] = []
     for strength in (0, 1):
@@ -201,7 +202,8 @@ def figure(outcome: Outcome) -> Figure:
     data, run = outcome.data, outcome.data["run"]
     picture, (left, right) = figures.panels(2)
     for i, error in enumerate(data["error"]):
-        left.plot(data["strength"], error, color=figures.BLEND, lw=1.1, label="drawn mixtures, linear reward" if i == 0 else None)
+        name = None if i else "drawn mixtures, linear reward"
+        left.plot(data["strength"], error, color=figures.BLEND, lw=1.1, label=name)
     left.plot(data["strength"], data["gaussian"], color=figures.EXACT, lw=2, label="one Gaussian: exact")
     for place in (0.0, 1.0):
         left.axvline(place, color=figures.BASE, ls=":", lw=1)
