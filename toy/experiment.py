@@ -216,11 +216,13 @@ def _family_errors(sampled: Sampled, problem: Problem, target: GaussianMixture) 
     x = sampled.points.double()
     shares = target.responsibilities(x)
     centred = x - weights @ x
+    # One row of the matrix at a time: all products at once would not fit in many dimensions.
+    covariance = torch.stack([error(centred * centred[:, i : i + 1]) for i in range(x.shape[1])])
     signs = (weights @ shares - target.weights).sign()
     return {
         "shares": error(shares),
         "mean": error(x),
-        "covariance": error(centred[:, :, None] * centred[:, None, :]) / (1 - float(weights.square().sum())),
+        "covariance": covariance / (1 - float(weights.square().sum())),
         "tv": error(shares @ signs / 2),
         **{f"reward {name}": error(reward(x)) for name, reward in problem.rewards.items()},
     }

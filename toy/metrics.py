@@ -59,12 +59,14 @@ def moments(samples: Tensor, *, log_weights: Tensor | None = None) -> Moments:
     x, w = _samples(samples), _weights(log_weights, samples)
     mean = _mean(x, w)
     centred = x - mean.value
-    products = centred.unsqueeze(-1) * centred.unsqueeze(-2)
-    raw = _mean(products, w)
     spare = 1 - float(w.square().sum())
     if spare <= 1e-12:
         raise ValueError("a covariance needs weight on at least two samples, got all of it on one; draw more")
-    return Moments(mean, Estimate(raw.value / spare, raw.se / spare))
+    # As _mean of the products c_i c_j, by matrix products: (n, d, d) would not fit in many dimensions.
+    raw, heavy, squares = centred.T @ (w[:, None] * centred), w.square()[:, None], centred.square()
+    variance = squares.T @ (heavy * squares) - 2 * raw * (centred.T @ (heavy * centred)) + raw.square() * heavy.sum()
+    error = (variance.clamp_min(0) * (len(w) / (len(w) - 1))).sqrt()
+    return Moments(mean, Estimate(raw / spare, error / spare))
 
 
 def mean_reward(samples: Tensor, reward: Callable[[Tensor], Tensor], *, log_weights: Tensor | None = None) -> Estimate:
