@@ -230,7 +230,7 @@ class _Path(NamedTuple):
 def _path(settings: Settings, i: int) -> _Path:
     """Integrate the blended chain and the geometric mean of its members' chains, and sample the certificate."""
     generator, schedule = settings.generator(f"certificate.path.{i}"), VPLinear(t_min=0.05)
-    drawn, step = draw_line(generator, (0.3, 0.8), float(uniform(generator, 0.7, 1.3))), Ancestral()
+    drawn, step = draw_line(generator, (0.4, 0.8), float(uniform(generator, 0.7, 1.15))), Ancestral()
     grid = time_grid(schedule, CHAIN_STEPS, "log-snr", to_zero=False)
     moves = step.plan(schedule, grid)
     nodes = line_nodes(moves)

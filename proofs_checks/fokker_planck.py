@@ -43,7 +43,7 @@ WORDS = (
 )
 FORMULA = (
     r"$\partial_\tau \rho = -\partial_x[(g^2 \bar S - f x)\, \rho] + \frac{g^2}{2} \partial_x^2 \rho, \qquad "
-    r"\bar S = (1 - \lambda \textstyle\sum_i w_i) S^{\mathrm{pre}} + \lambda \sum_i w_i S_i$"
+    r"\bar S = (1 - \lambda \sum_i w_i) S^{\mathrm{pre}} + \lambda \sum_i w_i S_i$"
 )
 FALSIFIED_BY = (
     "samples whose distribution function leaves the Fokker-Planck solution by more than 2.5 / sqrt(n); a divergence "
