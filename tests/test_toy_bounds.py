@@ -76,6 +76,12 @@ def test_bounds_without_a_second_moment_are_infinite():
     assert bool(bounds.best.isfinite().all())
 
 
+def test_a_second_moment_beyond_float64_is_infinite_and_not_nan():
+    far = GaussianMixture([0.5, 0.5], [[-20.0], [20.0]], [1.0, 1.0])
+    bounds = jensen_bounds(far, QuadraticReward([5.0]), 0.1, SCHEDULE, torch.zeros(1, 1), 0.9)
+    assert bool(bounds.cauchy_schwarz.isinf()) and bool(bounds.shift.isinf()) and bool(bounds.best.isfinite())
+
+
 def test_bounding_the_mean_reward_does_not_bound_the_blend():
     problem = conflict_line()
     x, weights = points(problem.base, 0.3, 50, 0), [0.5, 0.5]

@@ -86,7 +86,9 @@ def jensen_bounds(
     spread = torch.linalg.eigvalsh(posterior.covariance)[:, -1].clamp_min(0) * (1 + _ROUNDING)
     first = posterior.gain * (variance_h * spread).sqrt()
     gradient_spread = _trace_of_gradient_covariance(posterior, reward)
-    parallel = posterior.gain * spread * (gradient_spread * variance_v).sqrt() / alpha
+    # A linear reward has no gradient spread, and zero times an infinite second moment is zero here.
+    product = torch.where(gradient_spread > 0, gradient_spread * variance_v, 0.0)
+    parallel = posterior.gain * spread * product.sqrt() / alpha
     second = parallel + posterior.gain * (variance_h * _deficit(posterior)).sqrt()
     slack = _slack(posterior, reward, alpha)
     third = _thermodynamic(posterior, reward, alpha, slack, norm=True).squeeze(-1)
