@@ -21,6 +21,7 @@ from proofs_checks.runner import number
 LIBRARIES = ("sdeblend", "torch", "numpy", "scipy", "matplotlib")
 HEADINGS = ("measured", "value", "bound", "margin", "control, broken on purpose", "verdict")
 SUMMARY_HEADINGS = ("statement", "tightest measurement", *HEADINGS[1:])
+READABLE_REM_PER_INCH = 4.2
 HOW_TO_READ = (
     "Every statement is tested on problems drawn anew from the seed below, for which everything is known in "
     "closed form or by numerical integration. Both sides are computed independently, and the bound is stated "
@@ -212,9 +213,12 @@ def _figure(module: ModuleType, outcome: Outcome) -> str:
     if not outcome.measurements:
         return ""
     try:
-        address = image(module.figure(outcome))
+        picture = module.figure(outcome)
+        address = image(picture)
     except Exception as error:  # a figure must not cost the numbers of a whole run
         reason = html.escape(f"{type(error).__name__}: {error}")
         return f"<p>{_mark('fail', '✗', 'the figure could not be drawn')} {reason}</p>"
     words = f"Figure: {html.escape(module.TITLE)}; its numbers are in the table"
-    return f'<figure><img src="{address}" alt="{words}"></figure>'
+    # On a narrow screen a figure scrolls; it never gets smaller than can be read.
+    least = READABLE_REM_PER_INCH * picture.get_figwidth()
+    return f'<figure><img src="{address}" alt="{words}" style="min-width:{least:.0f}rem"></figure>'

@@ -34,7 +34,7 @@ td sup { line-height: 0; }
 .formula { overflow-x: auto; padding: .8rem 1rem; background: var(--ground); margin: 1rem 0; }
 .formula img { display: block; height: auto; max-width: max(100%, 30rem); margin: .35rem 0; }
 figure { margin: 1.2rem 0; overflow-x: auto; }
-figure img { display: block; width: 100%; min-width: 36rem; height: auto; }
+figure img { display: block; width: 100%; height: auto; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 @media (max-width: 46rem) {
   h1 { font-size: 1.45rem; }
@@ -47,11 +47,15 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
   td:first-child::before { content: none; }
 }
 @media print {
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  body { max-width: none; padding: 0; font-size: 9pt; }
   h2, h3, thead { break-after: avoid; }
   tr, figure, .formula, .banner, dl.run { break-inside: avoid; }
-  article { break-before: page; border-top: 0; padding-top: 0; margin-top: 0; }
-  figure img, .formula img { min-width: 0; max-width: 100%; }
+  h2 { font-size: 13pt; }
+  article { margin-top: 1.5rem; padding-top: 1rem; }
+  figure { margin: .6rem 0; }
+  figure img { min-width: 0 !important; max-width: 88%; }
+  .formula { padding: .4rem .6rem; margin: .6rem 0; }
+  .formula img { max-width: 100%; }
   figure, .formula { overflow: visible; }
   a { color: inherit; text-decoration: none; }
 }
