@@ -149,7 +149,7 @@ def test_preparing_a_grid_changes_nothing(dim):
         for active in (None, [1], [0, 2]):
             close(prepared(x, t, active), fresh(x, t, active), 1e-13)
         close(prepared(x.float(), t), fresh(x.float(), t), 1e-5)
-    assert bool(prepared._place) == (dim == 2)
+    assert bool(prepared._prepared) == (dim == 2)
     close(prepared(x, 0.123), plain(laws, x, 0.123))
 
 

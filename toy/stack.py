@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
-from sdeblend.score import ScoreFunction
 from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 from toy.mixture import GaussianMixture
 
@@ -28,6 +27,7 @@ PREPARED_BYTES = 1 << 26
 KEPT_TIMES = 8
 
 _Key = tuple[tuple[int, ...], torch.dtype, torch.device]
+_Ready = tuple[Kernel, tuple[int, ...], Tensor, Coefficients]
 
 
 class MixtureStack:
@@ -64,9 +64,8 @@ class MixtureStack:
         self._all = tuple(range(len(self.mixtures)))
         self._chosen = {self._all: self._parameters}
         self._grid: Tensor | None = None
-        self._place: dict[float, int] = {}
-        self._tables: dict[_Key, Coefficients] = {}
-        self._recent: dict[tuple[float, bool, _Key], tuple[Kernel, tuple[int, ...], Tensor, Coefficients]] = {}
+        self._prepared: dict[_Key, dict[float, _Ready]] = {}
+        self._recent: dict[tuple[float, bool, _Key], _Ready] = {}
 
     def __len__(self) -> int:
         return len(self.mixtures)
@@ -81,10 +80,10 @@ class MixtureStack:
             times: the grid of the run to come.
         """
         grid = self.schedule.check_time(torch.as_tensor(times, dtype=torch.float64).detach().flatten().cpu())
-        self._grid, self._place, self._tables = None, {}, {}
+        self._grid, self._prepared = None, {}
         one = self._table(self._many, self._parameters, grid[:1], torch.float64, grid.device)
         if isinstance(self._many, Features) and len(grid) * sum(c.nbytes for c in one) <= PREPARED_BYTES:
-            self._grid, self._place = grid, {time: i for i, time in enumerate(grid.tolist())}
+            self._grid = grid
 
     def __call__(self, x: Tensor, t: Time, active: Sequence[int] | None = None) -> Tensor:
         """Return the scores of the members ``active`` (default all), (len(active), B, d), in the dtype of x.
@@ -113,13 +112,10 @@ class MixtureStack:
             return torch.stack([member.score(x) for member in members]).to(x.dtype)
         few = isinstance(self._many, Rows) and len(x) < self.dim
         time, key = float(t), (chosen, x.dtype, x.device)
-        found = self._recent.get((time, few, key))
-        if found is None:
-            found = self._find(time, few, key)
-            if len(self._recent) >= KEPT_TIMES:
-                self._recent.pop(next(iter(self._recent)))
-            self._recent[time, few, key] = found
-        kernel, shared, centre, coefficients = found
+        ready = None if self._grid is None else self._on_grid(key).get(time)
+        if ready is None:
+            ready = self._recent.get((time, few, key)) or self._at(time, few, key)
+        kernel, shared, centre, coefficients = ready
         return kernel.scores(x, centre, coefficients, shared)
 
     def _choose(self, chosen: tuple[int, ...]) -> None:
@@ -129,21 +125,33 @@ class MixtureStack:
             )
         self._chosen[chosen] = self._parameters.members(chosen)
 
-    def _find(self, time: float, few: bool, key: _Key) -> tuple[Kernel, tuple[int, ...], Tensor, Coefficients]:
+    def _on_grid(self, key: _Key) -> dict[float, _Ready]:
+        """Return what is ready for the times of the prepared grid."""
+        if key not in self._prepared and self._grid is not None:
+            chosen, dtype, device = key
+            parameters = self._chosen[chosen]
+            table = self._table(self._many, parameters, self._grid, dtype, device)
+            rows = zip(self._grid.tolist(), *(column.unbind() for column in table), strict=True)
+            self._prepared[key] = {
+                time: (self._many, parameters.shared, centre, tuple(coefficients))
+                for time, centre, *coefficients in rows
+            }
+        return self._prepared[key]
+
+    def _at(self, time: float, few: bool, key: _Key) -> _Ready:
+        """Return what is needed at one time, and keep it for the next calls."""
         chosen, dtype, device = key
         parameters = self._chosen[chosen]
         if few and chosen not in self._few:
             self._few[chosen] = Eigen(parameters)
         kernel = self._few[chosen] if few else self._many
-        place = None if few else self._place.get(time)
-        if place is None or self._grid is None:
-            table, place = self._table(kernel, parameters, torch.tensor([time], dtype=torch.float64), dtype, device), 0
-        else:
-            if key not in self._tables:
-                self._tables[key] = self._table(kernel, parameters, self._grid, dtype, device)
-            table = self._tables[key]
-        centre, *coefficients = (c[place] for c in table)
-        return kernel, parameters.shared, centre, tuple(coefficients)
+        table = self._table(kernel, parameters, torch.tensor([time], dtype=torch.float64), dtype, device)
+        centre, *coefficients = (column[0] for column in table)
+        if len(self._recent) >= KEPT_TIMES:
+            oldest, *_ = self._recent
+            self._recent.pop(oldest, None)
+        ready = self._recent[time, few, key] = (kernel, parameters.shared, centre, tuple(coefficients))
+        return ready
 
     def _table(
         self, kernel: Kernel, parameters: Parameters, times: Tensor, dtype: torch.dtype, device: torch.device
@@ -157,18 +165,29 @@ class MixtureStack:
         return tuple(value.to(device=device, dtype=dtype) for value in (centre, *values))
 
 
-def mixture_score(mixture: GaussianMixture, schedule: NoiseSchedule) -> ScoreFunction:
-    """Return the score of one mixture as a function (x (B, d), t) -> (B, d).
+class MixtureScore:
+    """The score of one mixture as a function (x (B, d), t) -> (B, d), as fast as a stack of one.
+
+    Attributes:
+        stack: the stack of one.
+    """
+
+    def __init__(self, mixture: GaussianMixture, schedule: NoiseSchedule) -> None:
+        self.stack = MixtureStack([mixture], schedule)
+
+    def __call__(self, x: Tensor, t: Time) -> Tensor:
+        """Return the score at x (B, d) and time t, (B, d)."""
+        return self.stack(x, t)[0]
+
+
+def mixture_score(mixture: GaussianMixture, schedule: NoiseSchedule) -> MixtureScore:
+    """Return the score of one mixture as a ``ScoreFunction``.
 
     Args:
         mixture: p_0.
         schedule: the forward process.
-
-    Returns:
-        the score, as fast as a stack of one.
     """
-    stack = MixtureStack([mixture], schedule)
-    return lambda x, t: stack(x, t)[0]
+    return MixtureScore(mixture, schedule)
 
 
 def _parameters(mixtures: Sequence[GaussianMixture], centre: Tensor, *, with_vectors: bool) -> Parameters:
