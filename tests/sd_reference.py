@@ -52,7 +52,7 @@ def encode(pipe, prompt, negative, guided):
 
 
 def predict(pipe, network, x, t, text, pooled):
-    """Return one unguided prediction."""
+    """Return unguided predictions, one a row of ``x``."""
     name = type(pipe).__name__
     if name.startswith("Flux"):
         side = int(x.shape[1] ** 0.5)
@@ -60,17 +60,18 @@ def predict(pipe, network, x, t, text, pooled):
         ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
         return network(
             hidden_states=x,
-            timestep=t.expand(1).to(x.dtype) / 1000,
+            timestep=t.expand(len(x)).to(x.dtype) / 1000,
             encoder_hidden_states=text,
             pooled_projections=pooled,
             img_ids=ids.reshape(-1, 3),
             txt_ids=torch.zeros(text.shape[1], 3, dtype=x.dtype),
         ).sample
     if name.startswith("StableDiffusion3"):
-        return network(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t.expand(1)).sample
+        return network(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t.expand(len(x))).sample
     added = None
     if pooled is not None:
-        added = {"text_embeds": pooled, "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]], dtype=x.dtype)}
+        ids = torch.tensor([[16.0, 16, 0, 0, 16, 16]], dtype=x.dtype)
+        added = {"text_embeds": pooled, "time_ids": ids.expand(len(x), -1)}
     return network(x, t, encoder_hidden_states=text, added_cond_kwargs=added).sample
 
 
@@ -91,10 +92,12 @@ def published(pipe, networks, prompts, coefficients, x, *, steps, guidance, nega
     for t in scheduler.timesteps:
         blended = torch.zeros_like(x)
         for network, (text, text_n, pooled, pooled_n), c in zip(networks, prompts, coefficients, strict=True):
-            value = predict(pipe, network, x, t, text, pooled)
             if guidance > 1:
-                empty = predict(pipe, network, x, t, text_n, pooled_n)
-                value = empty + guidance * (value - empty)
+                pools = None if pooled is None else torch.cat([pooled_n, pooled])
+                empty, full = predict(pipe, network, torch.cat([x, x]), t, torch.cat([text_n, text]), pools).chunk(2)
+                value = empty + guidance * (full - empty)
+            else:
+                value = predict(pipe, network, x, t, text, pooled)
             blended += c * value
         # the flow scheduler computes its step in float32 whatever the state is, so it must be diffusers' own here too
         noise = {} if flow else {"eta": 1.0, "generator": generator}
