@@ -29,7 +29,7 @@ from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_pef
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
@@ -125,7 +125,7 @@ def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
         tensors on the CPU and metadata.
 
     Raises:
-        ValueError: if the file holds no LoRA tensors, or a pickle holds more than tensors.
+        ValueError: if the file is damaged or holds no LoRA tensors, or a pickle holds more than tensors.
     """
     metadata, path = None, None
     if isinstance(source, Mapping):
@@ -143,9 +143,12 @@ def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a safetensors handle is no dict
-        raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle is no dictionary
+            raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"a LoRA must be a whole safetensors file, got {path} ({error}); fetch it again") from error
     return tensors, json.loads(raw) if raw else None
 
 
@@ -233,6 +236,7 @@ def load_lora(pipe: Any, source: str | Path | Mapping[str, Tensor], adapter: str
             f"a LoRA for {type(pipe).__name__} must address {', '.join(components)}, got {', '.join(absent)} "
             f"in {file.path or 'the given tensors'}; use a LoRA of this model family"
         )
+    before = {layer: list(layer.active_adapters) for layer in _adapted(components)}
     try:
         with tempfile.TemporaryDirectory() as folder:
             # through a file, because only there does diffusers read the metadata
@@ -240,9 +244,21 @@ def load_lora(pipe: Any, source: str | Path | Mapping[str, Tensor], adapter: str
             with _no_false_alarms():
                 pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
         return _check_arrived(file, components, adapter)
-    except BaseException:
+    except BaseException as error:
         remove_adapter(pipe, adapter)
+        for layer in _adapted(components):
+            layer.__dict__["_active_adapter"] = before.get(layer, [])
+        if isinstance(error, RuntimeError | KeyError | IndexError):
+            lines = str(error).splitlines()
+            raise ValueError(
+                f"a LoRA must fit {type(pipe).__name__}, got one that does not in {file.path or 'the given tensors'} "
+                f"({' '.join(' '.join(lines[-1:]).split()) or type(error).__name__}); use a LoRA of this model family"
+            ) from error
         raise
+
+
+def _adapted(components: Mapping[str, Any]) -> list[BaseTunerLayer]:
+    return [m for module in components.values() for m in module.modules() if isinstance(m, BaseTunerLayer)]
 
 
 def remove_adapter(pipe: Any, adapter: str) -> None:
@@ -253,9 +269,10 @@ def remove_adapter(pipe: Any, adapter: str) -> None:
                 # else peft activates another adapter in its place
                 layer.__dict__["_active_adapter"] = [n for n in layer.active_adapters if n != adapter]
             delete_adapter_layers(module, adapter)
-            if not getattr(module, "peft_config", None):
-                recurse_remove_peft_layers(module)
-                module._hf_peft_config_loaded = False
+        # also where diffusers, after a load that failed, has deleted the adapter and left its layers
+        if not getattr(module, "peft_config", None) and any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+            recurse_remove_peft_layers(module)
+            module._hf_peft_config_loaded = False
 
 
 def _write(file: LoraFile, path: Path) -> Path:
@@ -269,15 +286,16 @@ def _write(file: LoraFile, path: Path) -> Path:
 
 @contextmanager
 def _no_false_alarms() -> Iterator[None]:
-    """Silence base weights "newly initialised" (a test compares them), files for one component, second adapters."""
+    """Silence base weights "newly initialised" (a test compares them), files for one component, other adapters."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     other = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # its errors are raised as well
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
             yield
     finally:
         logging.set_verbosity(level)

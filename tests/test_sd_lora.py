@@ -109,6 +109,8 @@ def test_what_cannot_load_is_refused_and_leaves_nothing(tmp_path):
     pipe, other = tiny_pipeline("sd15"), tiny_pipeline("sdxl")
     path = tiny_lora(pipe, tmp_path / "a.safetensors", seed=1)
     clean = set(pipe.unet.state_dict())
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(path.read_bytes()[:100])
     partial = dict(read_lora(path).tensors)
     partial["unet.nowhere.lora_A.weight"] = torch.ones(4, 8)
     cases = [
@@ -116,13 +118,22 @@ def test_what_cannot_load_is_refused_and_leaves_nothing(tmp_path):
         (tmp_path / "none.safetensors", "a", "does not exist"),
         ({"unet.conv_in.weight": torch.ones(1)}, "a", "contain 'lora'"),
         (partial, "a", "all tensors|Error"),
+        (damaged, "a", "whole safetensors file"),
         (tiny_lora(other, tmp_path / "x" / "xl.safetensors", seed=1, target="text-encoder"), "a", "must address"),
     ]
+    sizes = dict(read_lora(tiny_lora(other, tmp_path / "x" / "unet.safetensors", seed=1)).tensors)
+    cases.append((sizes, "a", "must fit"))
     for source, name, message in cases:
         with pytest.raises(ValueError, match=message):
             load_lora(pipe, source, name)
         assert set(pipe.unet.state_dict()) == clean
     load_lora(pipe, path, "a")
+    # also where another adapter is loaded, which diffusers' own clean-up would activate
+    for layer in layers(pipe, "a"):
+        layer.set_adapter([])
+    with pytest.raises(ValueError, match="must fit"):
+        load_lora(pipe, sizes, "b")
+    assert not any(layer.active_adapters for layer in layers(pipe, "a"))
     with pytest.raises(ValueError, match="must be new"):
         load_lora(pipe, path, "a")
     with pytest.raises(ValueError, match="loaded are a"):
