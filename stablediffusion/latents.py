@@ -1,7 +1,7 @@
 """A pipeline's base and members as a ``ScoreStack`` on latents: the core's solver samples Stable Diffusion.
 
     stack = pipeline_score(pipe, "a red circle", guidance_scale=7.5, members=members)
-    sde = BackwardSDE(stack.schedule, Blend(stack, preference.coefficients(stack.names)))
+    sde = BackwardSDE(stack.schedule, Blend(stack, preference))
     solution = solve(sde, stack.prior(generator), time_grid(stack.schedule, 50), noise=generator, correct="certify")
     images = stack.decode(solution.samples)
 
@@ -180,8 +180,8 @@ def pipeline_score(
         batched: adapters side by side in one pass; by default on a CUDA device only.
 
     Returns:
-        a ``ScoreStack`` with ``schedule``, ``names``, ``shape``, ``prior`` and ``decode``. A preference becomes its
-        coefficients by ``preference.coefficients(stack.names)``.
+        a ``ScoreStack`` with ``schedule``, ``names``, ``shape``, ``prior`` and ``decode``. Its names let ``Blend`` and
+        ``OneMemberPerStep`` weigh it by a ``Preference``, in any order.
 
     Raises:
         ValueError: another task, prompts and negative prompts that do not match, or members that cannot run.

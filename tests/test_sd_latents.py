@@ -11,7 +11,7 @@ import torch
 
 import sdeblend
 import sdeblend.blend
-from sdeblend import Ancestral, BackwardSDE, Blend, Preference, solve, time_grid
+from sdeblend import Ancestral, BackwardSDE, Blend, OneMemberPerStep, Preference, solve, time_grid
 from sdeblend.score import conversion
 from stablediffusion import blend, load_members, pipeline_score, schedule_of, scheduler_grid
 from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
@@ -30,11 +30,29 @@ def with_members(folder, family="sd15", **options):
 
 
 def sample(stack, preference=WEIGHTS, steps=6, start=None, noise=None, **options):
-    sde = BackwardSDE(stack.schedule, Blend(stack, preference.coefficients(stack.names)))
+    sde = BackwardSDE(stack.schedule, Blend(stack, preference))
     start = stack.prior(seeded()) if start is None else start
     grid = options.pop("grid", None)
     grid = time_grid(stack.schedule, steps) if grid is None else grid
     return solve(sde, start, grid, noise=noise or seeded(1), step=Ancestral(), **options)
+
+
+def test_a_preference_weighs_the_stack_by_name(tmp_path):
+    """In any order, and with members left out; the same weights in the order of another preference are the control."""
+    pipe, members = with_members(tmp_path, dtype=torch.float64)
+    stack = pipeline_score(pipe, "a red circle", members=members, height=16, width=16, guidance_scale=1)
+    x = torch.randn(stack.shape, generator=seeded(), dtype=torch.float64)
+    t = torch.tensor(0.5, dtype=torch.float64)
+    base, a, b = stack(x, t)
+    got = Blend(stack, Preference({"b": 0.7, "a": 0.5}, strength=1.1))(x, t)
+    torch.testing.assert_close(got, -0.32 * base + 0.55 * a + 0.77 * b)
+    assert (got - Blend(stack, Preference({"a": 0.7, "b": 0.5}, strength=1.1))(x, t)).abs().max() > 1e-3
+    torch.testing.assert_close(Blend(stack, Preference({"b": 1.0}))(x, t), b)
+    one = OneMemberPerStep(stack, Preference({"b": 1.0}), t[None], 1, generator=seeded())
+    torch.testing.assert_close(one(x, t), b)
+    assert (a - b).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="can weigh only a, b"):
+        Blend(stack, Preference({"c": 1.0}))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -73,14 +91,14 @@ def test_ancestral_step_equals_ddim_over_a_whole_run(prediction, steps):
 def test_solver_equals_the_pipeline_on_its_own_grid(family, tmp_path):
     pipe, members = with_members(tmp_path, family, dtype=torch.float64)
     start = torch.randn(2, 4, 8, 8, generator=seeded(), dtype=torch.float64)
-    call = tiny_call(pipe, 10) | {"output_type": "latent", "eta": 1.0, "negative_prompt": "blue", "guidance_scale": 4.0}
+    call = tiny_call(pipe, 6) | {"output_type": "latent", "eta": 1.0, "negative_prompt": "blue", "guidance_scale": 4.0}
     with blend(pipe, members, WEIGHTS) as knobs:
         expected = pipe("a red circle", generator=seeded(1), num_images_per_prompt=2, latents=start, **call).images
         nats = knobs.nats
     stack = pipeline_score(
         pipe, "a red circle", members=members, negative_prompt="blue", guidance_scale=4.0, images=2, height=16, width=16
     )
-    grid = scheduler_grid(pipe, 10)
+    grid = scheduler_grid(pipe, 6)
     solution = sample(stack, start=start, grid=grid, correct="certify")
     torch.testing.assert_close(solution.samples, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(solution.certificate.per_sample, nats, rtol=1e-3, atol=0)
@@ -104,7 +122,7 @@ def test_flow_ode_equals_the_pipeline(family, tmp_path):
     with blend(pipe, members, WEIGHTS):
         expected = pipe("a red circle", generator=seeded(1), latents=start, **call).images
         sigmas = pipe.scheduler.sigmas.double()
-    score = Blend(stack, WEIGHTS.coefficients(stack.names))
+    score = Blend(stack, WEIGHTS)
     x = start
     for now, then in pairwise(sigmas):
         t = now.clamp(max=1 - 1e-9)
