@@ -120,6 +120,8 @@ def _checked(correct: CorrectionMode | Correction | None, mode: Mode, pipe: Any)
     correction = Correction(correct) if isinstance(correct, str) else correct
     if correction is None or (mode != "mpa" and correction.mode == "certify"):
         return None
+    if correction.groups is not None:
+        raise ValueError("a pipeline's particles are its images of one prompt, got groups; leave groups out")
     if correction.mode == "resample":
         scheduler = type(pipe.scheduler).__name__
         if mode != "mpa":

@@ -7,11 +7,9 @@ Each denoiser call is one evaluation of the core's ``Blend`` (or ``OneMemberPerS
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,12 +18,13 @@ from torch import Tensor
 from sdeblend.blend import Blend, Evaluation, Preference
 from sdeblend.correct import Certificate, Correction
 from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
+from sdeblend.solve import _notes
 from sdeblend.steps import Move
 from stablediffusion.adapters import SOUPS
 from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
 from stablediffusion.members import Members
-from stablediffusion.particles import Particles, guided, same_problem
+from stablediffusion.particles import EffectiveSamples, Particles, guided, same_problem
 from stablediffusion.schedulers import noisy_move, schedule_of
 
 Mode = Literal["mpa", "ls", "soup", "soup-factors"]
@@ -105,18 +104,26 @@ class Knobs:
     def certificates(self) -> list[Certificate]:
         """One certificate a prompt (and preference) of the last run; empty if ``reason`` says why.
 
-        From a single image log E[W] cannot be estimated; the value is then -log W, a bound on average without
-        negative coefficients, and with them there is none.
+        From few images log E[W] cannot be estimated. Without negative coefficients the value is then -E[log W], an
+        upper bound; with them the certificate is not ``reliable``, and its ``warning`` says so.
         """
-        if self.reason or self._particles is None:
-            return []
-        out = []
-        for certificate in self._particles.weights.certificates():
-            if len(certificate.per_sample) > 1:
-                out.append(certificate)
-            elif certificate.nonnegative:
-                out.append(replace(certificate, value=float(certificate.per_sample), standard_error=math.inf))
-        return out
+        return [] if self.reason or self._particles is None else self._particles.weights.certificates()
+
+    @property
+    def ess(self) -> EffectiveSamples | None:
+        """Both effective sample sizes of the last run, in images, if they were particles of one problem."""
+        sizes = self.effective_samples
+        return sizes[0] if len(sizes) == 1 else None
+
+    @property
+    def effective_samples(self) -> list[EffectiveSamples]:
+        """Both effective sample sizes, one pair a certificate, in the order of ``certificates``."""
+        return [] if self.reason or self._particles is None else self._particles.effective_samples()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the images must know: a correction that is partial, by tempering or active interval."""
+        return () if self._particles is None else _notes(self._particles.weights.correction)
 
     @property
     def reason(self) -> str | None:
@@ -125,9 +132,6 @@ class Knobs:
             return f"mode {self.mode!r} has no certificate" if self.mode != "mpa" else "correct=None was asked for"
         if self._particles is None:
             return self._reason or "nothing has run yet"
-        weights = self._particles.weights
-        if not weights.nonnegative and all(len(c.per_sample) == 1 for c in weights.certificates()):
-            return "a single image with a negative coefficient bounds nothing; generate several images a prompt"
         return self._particles.reason
 
     @property
@@ -139,8 +143,8 @@ class Knobs:
     def nats(self) -> Tensor | None:
         """-log W of each image's path, float64 (B,), or None; see ``reason``.
 
-        Without negative coefficients its mean bounds the KL divergence from the target even for a single image,
-        where the certificate's log E[W] cannot be estimated.
+        Without negative coefficients its expectation bounds the KL divergence from the target, even where images are
+        too few to estimate the certificate's log E[W].
         """
         return None if self.reason or self._particles is None else -self._particles.weights.path
 
@@ -151,7 +155,11 @@ class Knobs:
 
     @property
     def disagreement(self) -> Tensor | None:
-        """Nats that each pair of (base, members) adds at each step, float64 (n, 1 + m, 1 + m), mean over images."""
+        """Nats that each pair of (base, members) adds at each step, float64 (n, 1 + m, 1 + m), mean over images.
+
+        Symmetric, with half of a pair's nats on each side of the diagonal: the sum of a step is its entry of the
+        certificate's profile (of one problem).
+        """
         return None if self.reason or self._particles is None else torch.stack(self._particles.pairs)
 
     # What the patched pipeline calls.
@@ -247,6 +255,11 @@ class Knobs:
         final = guided(evaluation, float(getattr(self.pipe, "guidance_scale", 1.0)))
         expected = final.score.to(output.dtype)
         error = float((expected - output).double().norm() / output.double().norm().clamp_min(1e-30))
+        if error != error:
+            raise FloatingPointError(
+                f"the blended prediction must be finite, got NaN or infinity at t = {float(move.t):g}; use float32, "
+                "or weights that extrapolate less"
+            )
         if not error < (1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2):
             self._refuse("the pipeline changed the prediction after guidance, by guidance_rescale or a rule of its own")
             return None

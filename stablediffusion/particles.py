@@ -10,16 +10,30 @@ Images of one prompt (and one preference) are the particles of one problem.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeblend.blend import Evaluation, combine
-from sdeblend.correct import Correction, Weights
+from sdeblend.correct import Correction, Weights, effective_sample_size
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import Parametrisation, conversion
 from sdeblend.steps import Move
+
+
+class EffectiveSamples(NamedTuple):
+    """How many independent images of the target those of one problem are worth, between 0 and their number.
+
+    Attributes:
+        plain: of the blend's own images under the full weights, (sum W)^2 / sum W^2; estimated from the survivors if
+            the run was resampled.
+        resampled: of the images returned, under ``log_weights``; the same number if nothing was resampled and no
+            weight was tempered or left out.
+    """
+
+    plain: float
+    resampled: float
 
 
 class Particles:
@@ -34,8 +48,8 @@ class Particles:
 
     Attributes:
         reason: why there are no weights, or None.
-        pairs: one (K, K) a step: what each pair of members adds to the mean of -log W, in nats; its sum is the
-            step's entry of the certificate's profile when the run is not resampled.
+        pairs: one (K, K) a step: what each pair of members adds to the mean of -log W over the blend's own paths, in
+            nats; of one problem, its sum is the step's entry of the certificate's profile.
     """
 
     def __init__(
@@ -63,10 +77,28 @@ class Particles:
             self.weights.skip()
             return
         slope = move.b * float(conversion(self.schedule, move.t, self.prediction, "score")[1])
-        self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
         active = torch.tensor(evaluation.active)
-        share = evaluation.pair_spread().mean(0).cpu() * slope**2 / (2 * move.g**2)
+        share = torch.tensordot(self._undo(), evaluation.pair_spread(), 1).cpu() * slope**2 / (2 * move.g**2)
         pairs[active[:, None], active] = share
+        self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
+
+    def _undo(self) -> Tensor:
+        """Return weights of the images that stand for the blend without resampling, (B,), sum one."""
+        undo = self.weights.residual - self.weights.steer
+        out = torch.empty_like(undo)
+        for index in self.weights.members_of:
+            out[index] = undo[index].softmax(0) * (len(undo[index]) / len(undo))
+        return out
+
+    def effective_samples(self) -> list[EffectiveSamples]:
+        """Return the effective sample sizes without and with resampling, one pair a problem."""
+        return [
+            EffectiveSamples(
+                certificate.ess_fraction * len(certificate.per_sample),
+                float(effective_sample_size(self.weights.residual[index])),
+            )
+            for certificate, index in zip(self.weights.certificates(), self.weights.members_of, strict=True)
+        ]
 
     def resample(self) -> Tensor | None:
         """Return the ancestors (B,) if any group was resampled."""

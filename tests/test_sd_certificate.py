@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import diffusers
@@ -35,19 +37,17 @@ def make(folder, family="sd15", scale=0.3, scheduler="ddim"):
     return pipe, paths
 
 
-def call(pipe, **options):
-    settings = tiny_call(pipe, 8) | {"output_type": "latent", "generator": seeded()} | options
+def call(pipe, steps=5, **options):
+    settings = tiny_call(pipe, steps) | {"output_type": "latent", "generator": seeded()} | options
     return pipe("a red circle", **settings).images
 
 
 @torch.no_grad()
-def by_transitions(pipe, paths, scheduler_name, eta, images, steps=8, guidance=7.5):
+def by_transitions(pipe, paths, scheduler_name, eta, images, steps=5, guidance=7.5):
     """Return -log W and latents, from each member's own scheduler step: means by zero noise, variance by a draw.
 
     Independent of every formula in the package: ``step`` is run once a member on a copy with the same noise.
     """
-    import copy
-
     unet = pipe.unet
     networks = [unet, *(reference.fused(unet, path, "unet") for path in paths.values())]
     c = WEIGHTS.coefficients()
@@ -130,7 +130,7 @@ def test_resampling_redraws_and_repeats(tmp_path):
     with blend(pipe, members, WEIGHTS, correct=correction) as knobs:
         got = call(pipe, **settings)
         steps, weights, certificate = knobs.resampled, knobs.log_weights, knobs.certificate
-    assert steps and max(steps) < 8
+    assert steps and max(steps) < 5
     assert (got - plain).abs().max() > 1e-6
     assert 0 < float(effective_sample_size(weights)) <= 6
     assert 0 < certificate.ess_fraction <= 1  # without resampling
@@ -180,17 +180,142 @@ def test_guidance_rescale_takes_the_certificate_away(tmp_path):
         assert knobs.certificate is not None
 
 
-def test_one_image_has_its_own_bound(tmp_path):
-    """From one path log E[W] cannot be estimated: its naive value would be a perfect zero."""
+def test_few_images_have_a_bound_or_a_warning(tmp_path):
+    """From few paths log E[W] cannot be estimated: for one, its naive value would be a perfect zero."""
     pipe, paths = make(tmp_path)
     members = load_members(pipe, paths)
     with blend(pipe, members, WEIGHTS) as knobs:
-        call(pipe, eta=1.0)
-        assert knobs.certificate.value == pytest.approx(float(knobs.nats[0]))
-        assert knobs.certificate.value > 0
+        for images in (1, 3):
+            call(pipe, 3, eta=1.0, num_images_per_prompt=images)
+            assert knobs.certificate.value == pytest.approx(float(knobs.nats.mean()))
+            assert knobs.certificate.value > 0
+            assert knobs.certificate.reliable and not knobs.certificate.normalised
+            assert str(knobs.certificate).startswith("at most ")
+            assert (knobs.certificate.standard_error == math.inf) == (images == 1)
         knobs.preference = Preference({"a": 1.5})
-        call(pipe, eta=1.0)
-        assert knobs.certificate is None
-        assert "several images" in knobs.reason
-        call(pipe, eta=1.0, num_images_per_prompt=2)
-        assert knobs.certificate is not None
+        call(pipe, 3, eta=1.0)
+        assert not knobs.certificate.reliable
+        assert "negative" in knobs.certificate.warning
+
+
+@torch.no_grad()
+def by_hand(pipe, paths, correction, images, steps, guidance=7.5):
+    """Return latents, both effective sample sizes, -log W and the redrawn steps of a resampled run, written out.
+
+    DDIM at eta 1: member i's mean is that of its own ``step`` and the variance the scheduler's. The ancestors come from
+    the inverse of the cumulative weights at evenly spaced points, one uniform number a redraw.
+    """
+    networks = [pipe.unet, *(reference.fused(pipe.unet, path, "unet") for path in paths.values())]
+    c = WEIGHTS.coefficients().tolist()
+    generator, ancestry = seeded(), seeded(3)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    text, empty, _, _ = reference.encode(pipe, "a red circle", None, True)
+    x = torch.randn(images, 4, 8, 8, generator=generator, dtype=torch.float64)
+    path, steer, residual = (torch.zeros(images, dtype=torch.float64) for _ in range(3))
+    redrawn = []
+    for n, t in enumerate(scheduler.timesteps):
+        outputs = []
+        for network in networks:
+            minus, plus = (network(x, t, e.repeat(images, 1, 1)).sample for e in (empty, text))
+            outputs.append(minus + guidance * (plus - minus))
+        zero = torch.zeros_like(x)
+        means = [scheduler.step(out, t, x, eta=1.0, variance_noise=zero).prev_sample for out in outputs]
+        mean = sum(ci * m for ci, m in zip(c, means, strict=True))
+        deviation = scheduler.step(outputs[0], t, x, eta=1.0, variance_noise=zero + 1).prev_sample - means[0]
+        variance = float(deviation.flatten()[0]) ** 2
+        x = mean + deviation * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        spread = sum(ci * (m - mean).flatten(1).square().sum(1) for ci, m in zip(c, means, strict=True))
+        if variance > 0:
+            path = path - spread / (2 * variance)
+            low, high = correction.active or (0.0, 1.0)
+            if low <= (float(t) + 1) / 1000 <= high:
+                steer = steer - correction.tempering * spread / (2 * variance)
+                residual = residual - correction.tempering * spread / (2 * variance)
+        weights = residual.softmax(0)
+        if n < steps - 1 and 1 / float(weights.square().sum()) < correction.threshold * images:
+            offset = float(torch.rand(1, generator=ancestry, dtype=torch.float64))
+            edges = weights.cumsum(0).tolist()
+            chosen = [min(sum(e < (i + offset) / images for e in edges), images - 1) for i in range(images)]
+            x, path, steer, residual = x[chosen], path[chosen], steer[chosen], residual * 0
+            redrawn.append(n + 1)
+    resampled = 1 / float(residual.softmax(0).square().sum())
+    return x, -path, resampled, redrawn
+
+
+CORRECTIONS = [{}, {"tempering": 0.3}, {"active": (0.2, 0.7)}, {"tempering": 0.5, "active": (0.3, 1.0)}]
+
+
+@pytest.fixture(scope="module")
+def gentle(tmp_path_factory):
+    """Return a pipeline whose members differ little, so that resampling keeps several images."""
+    pipe, paths = make(tmp_path_factory.mktemp("gentle"), scale=0.3)
+    return pipe, paths, copy.deepcopy(pipe.unet)
+
+
+@pytest.mark.parametrize("options", CORRECTIONS, ids=str)
+def test_a_resampled_run_equals_a_loop_written_by_hand(options, gentle):
+    """In float64, images and weights; another tempering or interval is the control."""
+    pipe, paths, unet = gentle
+    images, steps, threshold = 5, 6, 0.99
+    plain = copy.copy(pipe)
+    plain.unet = unet
+    expected = {}
+    for key in (options, CORRECTIONS[(CORRECTIONS.index(options) + 1) % len(CORRECTIONS)]):
+        correction = Correction("resample", threshold=threshold, generator=seeded(3), **key)
+        expected[str(key)] = by_hand(plain, paths, correction, images, steps)
+    latents, nats, resampled, redrawn = expected.pop(str(options))
+    (control, *_) = expected.popitem()[1]
+    members = load_members(pipe, paths)
+    try:
+        correction = Correction("resample", threshold=threshold, generator=seeded(3), **options)
+        with blend(pipe, members, WEIGHTS, correct=correction) as knobs:
+            got = call(pipe, steps, eta=1.0, num_images_per_prompt=images)
+            assert knobs.resampled == redrawn and redrawn
+            torch.testing.assert_close(got, latents, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(knobs.nats, nats, rtol=1e-6, atol=0)  # its table of alphas is float32
+            assert knobs.ess.resampled == pytest.approx(resampled, rel=1e-6)
+            assert 0 < knobs.ess.plain <= images
+            assert len(knobs.notes) == len(options)
+            assert all("partial" in note for note in knobs.notes)
+            # what the certificate is made of still adds up
+            profile = knobs.certificate.profile
+            torch.testing.assert_close(knobs.disagreement.sum((1, 2)), profile, rtol=1e-6, atol=1e-12)
+    finally:
+        members.remove()
+    assert (control - latents).abs().max() > 1e-3
+
+
+def test_both_effective_sample_sizes(gentle):
+    """Without resampling they are one number, (sum W)^2 / sum W^2; one pair a prompt."""
+    pipe, paths, _ = gentle
+    members = load_members(pipe, paths)
+    try:
+        with blend(pipe, members, WEIGHTS) as knobs:
+            call(pipe, 4, eta=1.0, num_images_per_prompt=4)
+            weights = (-knobs.nats).exp()
+            expected = float(weights.sum() ** 2 / weights.square().sum())
+            assert knobs.ess == pytest.approx((expected, expected))
+            assert expected < 4 - 1e-6
+            assert knobs.notes == ()
+            pipe(["a", "b"], **(tiny_call(pipe, 3) | {"generator": seeded(), "eta": 1.0}))
+            assert knobs.ess is None
+            assert len(knobs.effective_samples) == 2
+        with blend(pipe, members, WEIGHTS) as knobs:
+            call(pipe, 2, eta=0.0)
+            assert knobs.ess is None and knobs.effective_samples == []
+        groups = Correction(groups=torch.tensor([0, 1]))
+        with pytest.raises(ValueError, match="leave groups out"), blend(pipe, members, WEIGHTS, correct=groups):
+            pass
+    finally:
+        members.remove()
+
+
+def test_a_prediction_that_is_no_number_is_told(gentle):
+    pipe, paths, _ = gentle
+    members = load_members(pipe, paths)
+    try:
+        with pytest.raises(FloatingPointError, match="must be finite"), blend(pipe, members, WEIGHTS):
+            call(pipe, 2, eta=1.0, latents=torch.full((1, 4, 8, 8), math.nan, dtype=torch.float64))
+    finally:
+        members.remove()
