@@ -4,13 +4,15 @@
         --weights compress=0.3,vivid=0.7 --strength 1.2 --prompt "a red circle" --images 4 --out DIR
 
 DIR receives the images, a contact sheet (one row a sweep point, one column a seed) and ``run.json`` with everything
-that reproduces them. Image i of every point starts from seed + i, so rows compare like with like. A rerun with the
-same settings continues where the last one stopped; with others it is refused.
+that reproduces them. Image i of every point starts from seed + i, so rows compare like with like; with resampling an
+image may descend from another one's seed. A rerun with the same settings continues where the last one stopped; with
+others it is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,6 +45,13 @@ def main(argv: Sequence[str]) -> int:
         )
     if arguments.steps < 1 or arguments.images < 1:
         raise ValueError(f"--steps and --images must be at least 1, got {arguments.steps} and {arguments.images}")
+    for name in ("strength", "eta", "guidance"):
+        if not math.isfinite(settings[name]):
+            raise ValueError(f"--{name} must be a finite number, got {settings[name]}")
+    if not 0 <= arguments.eta <= 1:
+        raise ValueError(f"--eta must lie within [0, 1], got {arguments.eta:g}; 1 is the full noise")
+    if not 0 <= arguments.seed < 2**62:
+        raise ValueError(f"--seed must be a whole number from 0 to 2^62, got {arguments.seed}")
     points = sweep_points(weights, arguments.sweep)
     # Late: help and settings that cannot be used need neither torch nor diffusers.
     from stablediffusion.generate import Run

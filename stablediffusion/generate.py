@@ -1,8 +1,10 @@
 """A run of ``sdeblend generate``: points of a sweep, each finished once, recorded in one file.
 
-``run.json`` holds the settings (with a hash of every LoRA file), the versions and, for each finished point, its
-coefficients, seeds, files, certificate and weights of the images. It is rewritten whole after every point, images
-first, so that what it lists exists; a point it lists is not computed again.
+``run.json`` holds the settings (with a hash of every LoRA file) and, for each finished point, its coefficients, seeds,
+files, versions, and what the blend knows of its images: the certificate with its profile over the steps, both
+effective sample sizes, log-weights, and the nats that each pair of members disagrees by at each step. Where a number
+does not exist it is null. The file is rewritten whole after every point, images first, so that what it lists exists; a
+point it lists is not computed again.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ import hashlib
 import inspect
 import io
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from sdeblend.blend import Preference
@@ -33,7 +36,7 @@ _SCHEDULERS = {
     "euler-a": diffusers.EulerAncestralDiscreteScheduler,
 }
 _PACKAGES = ("sdeblend", "torch", "diffusers", "transformers", "peft")
-_MARGIN = 14
+_GAP = 6
 
 
 class Run:
@@ -45,7 +48,7 @@ class Run:
         out: the folder.
 
     Raises:
-        ValueError: if the folder holds a run with other settings.
+        ValueError: if the folder holds a run with other settings, or a record that cannot be read.
     """
 
     def __init__(self, settings: dict[str, Any], points: list[dict[str, float]], out: Path) -> None:
@@ -53,20 +56,21 @@ class Run:
         self.files = {name: find_lora(source) for name, source in settings["member"].items()}
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         wanted = {"settings": settings, "points": points, "members_sha256": hashes}
-        self.record: dict[str, Any] = wanted | {"versions": {p: version(p) for p in _PACKAGES}, "results": {}}
+        self.record: dict[str, Any] = wanted | {"results": {}}
         path = out / "run.json"
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = _read(path)
             changed = [key for key in wanted if old.get(key) != json.loads(json.dumps(wanted[key]))]
             if changed:
                 raise ValueError(f"{out} holds a run with other {' and '.join(changed)}; give another --out folder")
-            done = {k: r for k, r in old["results"].items() if all((out / f).is_file() for f in r["files"])}
+            done = {k: r for k, r in old["results"].items() if all(_holds(out / f) for f in r["files"])}
             self.record["results"] = done
 
     def finish(self) -> None:
         """Compute the points that are missing, then draw the contact sheet."""
         missing = [k for k in range(len(self.points)) if str(k) not in self.record["results"]]
         if missing:
+            self._check_device()
             pipe = self._pipeline()
             members = load_members(pipe, self.files)
             total = len(missing) * self.settings["steps"]
@@ -78,13 +82,26 @@ class Run:
 
     def _pipeline(self) -> Any:
         s = self.settings
-        pipe = diffusers.DiffusionPipeline.from_pretrained(s["model"], dtype=getattr(torch, s["dtype"]))
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(s["model"], dtype=getattr(torch, s["dtype"]))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model must be a folder or hub id of a diffusers pipeline, got {s['model']!r}, not readable: "
+                f"{' '.join(str(error).split())}"
+            ) from error
         if s["scheduler"] != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
             # clipping is a default of these classes and wrong on latents
             extra = {} if s["scheduler"] == "euler-a" else {"clip_sample": False}
             pipe.scheduler = _SCHEDULERS[s["scheduler"]].from_config(pipe.scheduler.config, **extra)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(s["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _check_device(self) -> None:
+        device = self.settings["device"]
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"--device must be one that torch can use here, got {device!r}; try cpu") from error
 
     def _finish_point(self, pipe: Any, members: Any, k: int, bar: tqdm) -> None:
         s = self.settings
@@ -119,42 +136,94 @@ class Run:
             write_atomically(self.out / name, _png(image))
         coefficients = preference.coefficients(members.names).tolist()
         named = dict(zip(("base", *members.names), coefficients, strict=True))
-        self.record["results"][str(k)] = {"coefficients": named, "seeds": seeds, "files": files} | result
+        made_by = {"device": str(pipe.device), "versions": {p: version(p) for p in _PACKAGES}}
+        self.record["results"][str(k)] = {"coefficients": named, "seeds": seeds, "files": files} | made_by | result
         write_atomically(self.out / "run.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
     def _sheet(self) -> Image.Image:
-        """Return one row a point, labelled with its weights, one column a seed."""
-        rows = [self.record["results"][str(k)]["files"] for k in range(len(self.points))]
-        images = [[Image.open(self.out / name) for name in row] for row in rows]
-        width, height = images[0][0].size
-        labels = ["  ".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.points]
-        sheet = Image.new(
-            "RGB", (max(width * len(rows[0]), 6 * max(map(len, labels))), (height + _MARGIN) * len(rows)), "white"
-        )
+        """Return one row a point, labelled with its weights, one column a seed, under the settings they share."""
+        results = [self.record["results"][str(k)] for k in range(len(self.points))]
+        rows = [[Image.open(self.out / name) for name in result["files"]] for result in results]
+        s = self.settings
+        labels = ["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.points]
+        # resampled images descend from others: a column is then no seed
+        what = "image" if s["correct"] == "resample" else "seed"
+        seeds = [f"{what} {seed}" for seed in results[0]["seeds"]]
+        title = f"{s['prompt']}\nmode {s['mode']}, strength {s['strength']:g}, guidance {s['guidance']:g}"
+        width, height = rows[0][0].size
+        font = ImageFont.load_default(size=max(12, height // 24))
+        draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+        def extent(text: str) -> tuple[int, int]:
+            _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font=font)
+            return math.ceil(right) + 2 * _GAP, math.ceil(bottom) + 2 * _GAP
+
+        left = max(extent(label)[0] for label in labels)
+        cell = max(width, *(extent(seed)[0] for seed in seeds)) + _GAP
+        line = max(height + _GAP, *(extent(label)[1] for label in labels))
+        title_width, top = extent(title)
+        header = top + max(extent(seed)[1] for seed in seeds)
+        size = (max(left + cell * len(seeds), title_width), header + line * len(rows))
+        sheet = Image.new("RGB", size, "white")
         draw = ImageDraw.Draw(sheet)
-        for r, (row, label) in enumerate(zip(images, labels, strict=True)):
-            draw.text((1, r * (height + _MARGIN)), label, fill="black")
+        draw.multiline_text((_GAP, _GAP), title, fill="black", font=font)
+        for c, seed in enumerate(seeds):
+            draw.text((left + c * cell, top), seed, fill="black", font=font)
+        for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            draw.multiline_text((_GAP, header + r * line), label, fill="black", font=font)
             for c, image in enumerate(row):
-                sheet.paste(image, (c * width, r * (height + _MARGIN) + _MARGIN))
+                sheet.paste(image, (left + c * cell, header + r * line))
         return sheet
 
 
 def _result(knobs: Knobs) -> dict[str, Any]:
     """Return what the knobs know of the last run, as JSON can hold it."""
     certificate, nats, weights = knobs.certificate, knobs.nats, knobs.log_weights
-    if certificate is None or nats is None or weights is None:
-        return {"certificate": None, "reason": knobs.reason}
+    ess, pairs = knobs.ess, knobs.disagreement
+    if certificate is None or nats is None or weights is None or ess is None or pairs is None:
+        return {"certificate": None, "reason": knobs.reason, "notes": list(knobs.notes)}
+    names = ("base", *knobs.members.names)
     return {
         "certificate": {
-            "nats": certificate.value,
-            "standard_error": certificate.standard_error if len(nats) > 1 else None,
-            "ess_fraction": certificate.ess_fraction,
+            "nats": _finite(certificate.value),
+            "standard_error": _finite(certificate.standard_error),
+            "normalised": certificate.normalised,
+            "reliable": certificate.reliable,
+            "warning": certificate.warning,
             "per_image": nats.tolist(),
             "profile": certificate.profile.tolist(),
+            "disagreement": {
+                f"{names[i]} | {names[j]}": (2 * pairs[:, i, j]).tolist()
+                for i in range(len(names))
+                for j in range(i + 1, len(names))
+            },
         },
+        "effective_samples": {name: _finite(value) for name, value in ess._asdict().items()},
         "log_weights": weights.tolist(),
         "resampled": knobs.resampled,
+        "notes": list(knobs.notes),
     }
+
+
+def _finite(value: float) -> float | None:
+    """Return the number, or None where it does not exist: JSON knows no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _holds(path: Path) -> bool:
+    """Return whether a file is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return an earlier record, or raise a ValueError if the file is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(result["files"], list) for result in record["results"].values()):
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{path} must be a record of this command, got something else; move it, or give another --out")
 
 
 def _png(image: Image.Image) -> bytes:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sdeblend import cli
 from stablediffusion.command import main, sweep_points
+from stablediffusion.generate import Run
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 
 
@@ -19,25 +21,32 @@ def model(tmp_path_factory):
     pipe = tiny_pipeline("sd15", seed=1)
     for i, name in enumerate("ab"):
         tiny_lora(pipe, folder / f"{name}.safetensors", seed=i + 1)
+    (folder / "damaged.safetensors").write_bytes((folder / "a.safetensors").read_bytes()[:100])
+    tiny_lora(tiny_pipeline("sdxl"), folder / "other.safetensors", seed=1)
     pipe.save_pretrained(folder / "pipe")
     return folder
 
 
-def arguments(model, out, **changes):
+def arguments(folder, out, **changes):
     options = {
-        "model": str(model / "pipe"),
+        "model": str(folder / "pipe"),
         "weights": "a=0.3,b=0.7",
         "prompt": "a red circle",
         "images": "2",
         "steps": "3",
         "out": str(out),
     } | changes
-    members = [f"--member={name}={model / name}.safetensors" for name in "ab"]
+    members = [f"--member={name}={folder / name}.safetensors" for name in "ab"]
     return members + [f"--{name}={value}" for name, value in options.items() if value is not None]
 
 
 def pixels(path):
     return np.asarray(Image.open(path))
+
+
+def contains(sheet, image):
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, image.shape)[:, :, 0]
+    return bool((windows == image).all((-1, -2, -3)).any())
 
 
 def test_images_sheet_and_record(model, tmp_path, capsys):
@@ -51,7 +60,20 @@ def test_images_sheet_and_record(model, tmp_path, capsys):
         assert len(result["certificate"]["per_image"]) == 2
         assert len(result["certificate"]["profile"]) == 3
         assert all((out / name).is_file() for name in result["files"])
-    assert pixels(out / "sheet.png").shape[0] == 3 * (16 + 14)
+        assert result["certificate"]["standard_error"] > 0
+        pairs = result["certificate"]["disagreement"]
+        assert list(pairs) == ["base | a", "base | b", "a | b"]
+        assert [sum(step) for step in zip(*pairs.values(), strict=True)] == pytest.approx(
+            result["certificate"]["profile"], rel=1e-6
+        )
+        assert set(result["effective_samples"]) == {"plain", "resampled"}
+        assert result["notes"] == [] and result["versions"]["diffusers"]
+    sheet = Image.open(out / "sheet.png").convert("L")
+    # rows have their weights on the left, columns their seeds on top, and the pictures are in the cells
+    boxes = [sheet.crop((0, 0, sheet.width, 30)), sheet.crop((0, 60, 60, sheet.height))]
+    assert all((np.asarray(box) < 128).sum() > 50 for box in boxes)
+    assert contains(pixels(out / "sheet.png"), pixels(out / "point-002-seed-1.png"))
+    assert not contains(pixels(out / "sheet.png"), pixels(out / "point-002-seed-1.png")[::-1])
     first, last = (pixels(out / f"point-00{k}-seed-0.png").astype(int) for k in (0, 2))
     assert abs(first - last).max() > 5
 
@@ -80,6 +102,74 @@ def test_a_rerun_resumes_and_overwrites_nothing(model, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == after
 
 
+def files(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_an_interrupt_keeps_what_is_finished(model, tmp_path, monkeypatch):
+    """Stopped in its second point, the run goes on there, to the same pictures; an empty file counts as missing."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    main(arguments(model, whole, sweep="a=0:1:3"))
+    finish = Run._finish_point
+
+    def stopped(self, pipe, members, k, bar):
+        if k == 1:
+            raise KeyboardInterrupt
+        finish(self, pipe, members, k, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_finish_point", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments(model, out, sweep="a=0:1:3"))
+    assert list(json.loads((out / "run.json").read_text())["results"]) == ["0"]
+    assert not (out / "sheet.png").exists()
+    first = files(out)
+    main(arguments(model, out, sweep="a=0:1:3"))
+    after = files(out)
+    assert all(after[name] == first[name] for name in first if name.endswith(".png"))
+    assert after.keys() == files(whole).keys()
+    assert all(after[name] == content for name, content in files(whole).items() if name.endswith(".png"))
+    (out / "point-002-seed-0.png").write_bytes(b"")
+    main(arguments(model, out, sweep="a=0:1:3"))
+    assert files(out) == after
+
+
+def test_a_failed_rerun_leaves_the_result_alone(model, tmp_path, monkeypatch):
+    """The finished record is never replaced by an emptier one, also when a picture is missing and cannot be made."""
+    main(arguments(model, tmp_path, sweep="a=0:1:2"))
+    (tmp_path / "point-001-seed-0.png").unlink()
+    before = files(tmp_path)
+
+    def broken(self):
+        raise ValueError("no model")
+
+    monkeypatch.setattr(Run, "_pipeline", broken)
+    with pytest.raises(ValueError, match="no model"):
+        main(arguments(model, tmp_path, sweep="a=0:1:2"))
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"results": {"0": {}}}', '{"results": 3}'])
+def test_a_record_that_is_none_is_left_alone(content, model, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"other settings|must be a record"):
+        main(arguments(model, tmp_path))
+    assert files(tmp_path) == {"run.json": content.encode()}
+
+
+def test_one_image_is_recorded_as_json(model, tmp_path):
+    """Its standard error is infinite, which JSON cannot hold."""
+    main(arguments(model, tmp_path, images="1"))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "run.json").read_text()
+    certificate = json.loads(text, parse_constant=refuse)["results"]["0"]["certificate"]
+    assert certificate["standard_error"] is None
+    assert certificate["normalised"] is False and certificate["nats"] > 0
+
+
 @pytest.mark.parametrize("options", [{"mode": "ls"}, {"mode": "soup"}, {"mode": "soup-factors"}, {"eta": "0"}])
 def test_modes_without_a_certificate_say_why(options, model, tmp_path):
     main(arguments(model, tmp_path, **options))
@@ -93,6 +183,7 @@ def test_resampling_is_recorded(model, tmp_path):
     result = json.loads((tmp_path / "run.json").read_text())["results"]["0"]
     assert len(result["log_weights"]) == 4
     assert result["resampled"]
+    assert result["effective_samples"]["resampled"] > result["effective_samples"]["plain"]
 
 
 @pytest.mark.parametrize(
@@ -104,13 +195,34 @@ def test_resampling_is_recorded(model, tmp_path):
         ({"sweep": "c=0:1:3"}, "NAME=FROM:TO:COUNT"),
         ({"sweep": "a=0:1"}, "NAME=FROM:TO:COUNT"),
         ({"images": "0"}, "at least 1"),
+        ({"steps": "x"}, "invalid int value"),
+        ({"mode": "best"}, "invalid choice"),
+        ({"strength": "nan"}, "finite number"),
+        ({"eta": "2"}, "within [0, 1]"),
+        ({"seed": "-1"}, "--seed must be"),
         ({"mode": "ls", "strength": "3"}, "probabilities"),
+        ({"mode": "ls", "correct": "resample"}, "mode='mpa'"),
+        ({"eta": "0", "correct": "resample"}, "eta=1"),
+        ({"device": "nowhere"}, "--device must be"),
+        ({"model": "/nowhere"}, "--model must be"),
+        ({"member": "b=/nowhere.safetensors"}, "new name each time"),
+        ({"member": "c=/nowhere.safetensors"}, "does not exist"),
+        ({"member": "c={folder}/damaged.safetensors"}, "whole safetensors file"),
+        ({"member": "c={folder}/other.safetensors"}, "must fit"),
     ],
+    ids=str,
 )
-def test_settings_that_cannot_be_used(changes, message, model, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        main(arguments(model, tmp_path / "out", **changes))
-    assert not list(tmp_path.glob("out/*.png"))
+def test_bad_input_is_one_sentence_and_exit_code_2(changes, message, model, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = {name: value.format(folder=model) for name, value in changes.items()}
+    try:
+        code = cli.main(["generate", *arguments(model, out, **options)])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sdeblend generate: ")]
+    assert code == 2
+    assert len(told) == 1 and message in told[0]
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_a_sweep_keeps_the_sum_and_the_proportions():
