@@ -4,7 +4,7 @@ With adapters i of factors A_i, B_i and scales s_i, a layer of weight W computes
 its *active* adapters. So
 
 * switching is writing one list in each adapted layer (peft's own ``set_adapter`` also touches every
-  parameter's ``requires_grad`` and costs tens of milliseconds);
+  parameter's ``requires_grad`` and costs milliseconds);
 * the exact soup, W + sum_i c_i s_i B_i A_i, is all adapters active with their scales multiplied by c_i;
 * the soup of factors, W + (sum_i c_i s_i B_i)(sum_i c_i A_i), is what averaging the parameters of LoRA
   files gives; it shrinks member i to about c_i^2 and has cross terms between members;

@@ -157,3 +157,12 @@ def test_members_can_be_whole_networks(tmp_path):
         members.remove()
     assert abs(images[0] - images[1]).max() < 1e-6
     assert not any(isinstance(m, LoraLayer) for m in pipe.unet.modules())
+
+
+def test_a_network_compiled_in_place_is_refused(tmp_path):
+    """``pipe.unet.compile()`` would keep running the forward it has traced."""
+    pipe, paths = make(tmp_path, ranks=(4,))
+    members = load_members(pipe, paths)
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match="compiled in place"), blend(pipe, members, {"m0": 1.0}):
+        pass

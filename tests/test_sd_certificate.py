@@ -168,6 +168,41 @@ def test_no_noise_means_no_certificate_and_a_reason(scheduler, options, message,
         assert "mode 'ls'" in knobs.reason
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "config", "message"),
+    [
+        ("ddim", {"clip_sample": True}, "clips its predictions"),
+        ("ddpm", {"clip_sample": False, "thresholding": True}, "clips its predictions"),
+        ("ddpm", {"variance_type": "fixed_large"}, "use 'fixed_small'"),
+    ],
+)
+def test_steps_that_are_not_affine_have_no_certificate(scheduler, config, message, gentle):
+    pipe, paths, _ = gentle
+    pipe = copy.copy(pipe)
+    pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config, **config)
+    members = load_members(pipe, paths)
+    try:
+        with blend(pipe, members, WEIGHTS) as knobs:
+            call(pipe, 2, **({"eta": 1.0} if scheduler == "ddim" else {}))
+            assert knobs.certificate is None
+            assert message in knobs.reason
+    finally:
+        members.remove()
+
+
+def test_inpainting_with_four_channels_has_no_certificate(tmp_path):
+    """The pipeline replaces the kept part after each step; a network of nine channels does not need that."""
+    reasons = {}
+    for task in ("inpaint", "inpaint9"):
+        pipe = tiny_pipeline("sd15", task, seed=1)
+        members = load_members(pipe, {"a": tiny_lora(pipe, tmp_path / f"{task}.safetensors", seed=1, scale=0.3)})
+        with blend(pipe, members, {"a": 0.5}) as knobs:
+            call(pipe, 4, eta=1.0)
+            reasons[task] = knobs.reason
+    assert "replaces part of the image" in reasons["inpaint"]
+    assert reasons["inpaint9"] is None
+
+
 def test_guidance_rescale_takes_the_certificate_away(tmp_path):
     pipe, paths = make(tmp_path)
     members = load_members(pipe, paths)
