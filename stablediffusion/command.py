@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(
             f"--weights must name members ({', '.join(settings['member'])}), got {', '.join(unknown)}; add a --member"
         )
+    if any(size is not None and size < 8 for size in (arguments.height, arguments.width)):
+        raise ValueError(f"--height and --width must be at least 8, got {arguments.height} and {arguments.width}")
     if arguments.steps < 1 or arguments.images < 1:
         raise ValueError(f"--steps and --images must be at least 1, got {arguments.steps} and {arguments.images}")
     for name in ("strength", "eta", "guidance"):

@@ -195,6 +195,7 @@ def test_resampling_is_recorded(model, tmp_path):
         ({"sweep": "c=0:1:3"}, "NAME=FROM:TO:COUNT"),
         ({"sweep": "a=0:1"}, "NAME=FROM:TO:COUNT"),
         ({"images": "0"}, "at least 1"),
+        ({"height": "0"}, "at least 8"),
         ({"steps": "x"}, "invalid int value"),
         ({"mode": "best"}, "invalid choice"),
         ({"strength": "nan"}, "finite number"),
