@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdeblend.score import Concatenated, ScoreFunction, ScoreStack, Stack, restrict_rows
+from sdeblend.score import Concatenated, ScoreFunction, ScoreStack, Stack, prepare_times, restrict_rows
 
 SUM_TOLERANCE = 1e-6
 CoefficientRule = Callable[[Tensor], Tensor]
@@ -242,6 +242,10 @@ class Blend:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the blended score (B, *event)."""
         return self.evaluate(x, t).score
+
+    def prepare(self, times: Tensor) -> None:
+        """Let the stack prepare for the times of a run."""
+        prepare_times(self.stack, times)
 
     def rows(self, index: Tensor) -> Blend:
         """Return the blend for the batch rows ``index``."""

@@ -38,7 +38,8 @@ class ScoreStack(Protocol):
 
     ``stack(x, t)`` returns (K, B, *event); ``stack(x, t, active)`` only the members named by the
     positions in ``active``, in that order, and evaluates no other. A stack that is bound to its batch
-    (one prompt a row) also has ``rows(index)``, which restricts it to these rows.
+    (one prompt a row) also has ``rows(index)``, which restricts it to these rows. One that can compute the
+    coefficients of many times at once has ``prepare(times)``, which a run calls with its grid.
     """
 
     def __len__(self) -> int: ...
@@ -50,6 +51,13 @@ def restrict_rows(function: Any, index: Tensor) -> Any:  # a score function or a
     """Return ``function`` for the batch rows ``index`` only: itself unless it is bound to its batch."""
     rows = getattr(function, "rows", None)
     return function if rows is None else rows(index)
+
+
+def prepare_times(function: object, times: Tensor) -> None:
+    """Let a score or stack that can prepare for the times of a run do so; it saves time and changes no result."""
+    prepare = getattr(function, "prepare", None)
+    if prepare is not None:
+        prepare(times)
 
 
 class Stack:
@@ -76,6 +84,11 @@ class Stack:
     def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
         chosen = range(len(self)) if active is None else active
         return torch.stack([self.functions[k](x, t) for k in chosen])
+
+    def prepare(self, times: Tensor) -> None:
+        """Let the functions prepare for these times."""
+        for function in self.functions:
+            prepare_times(function, times)
 
     def rows(self, index: Tensor) -> Stack:
         """Return the stack for the batch rows ``index``."""
@@ -106,6 +119,11 @@ class Concatenated:
                 for place, value in zip(places, values, strict=True):
                     out[place] = value
         return torch.stack([value for value in out if value is not None])
+
+    def prepare(self, times: Tensor) -> None:
+        """Let the stacks prepare for these times."""
+        for stack in self.stacks:
+            prepare_times(stack, times)
 
     def rows(self, index: Tensor) -> Concatenated:
         """Return the stacks for the batch rows ``index``."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Preference, check_coefficients
-from sdeblend.score import ScoreStack, member_scores, restrict_rows
+from sdeblend.score import ScoreStack, member_scores, prepare_times, restrict_rows
 
 Selection = Literal["systematic", "independent", "shared"]
 # A random start in a sequence of this length gives member i a probability within 2/PERIOD of w_i.
@@ -176,6 +176,10 @@ class OneMemberPerStep:
                 f"one member a step is drawn for the times of its grid, got t = {float(t):g}; solve on that grid"
             )
         return member_scores(self.stack, x, t, self.index[place].to(x.device))
+
+    def prepare(self, times: Tensor) -> None:
+        """Let the stack prepare for the times of a run."""
+        prepare_times(self.stack, times)
 
     def rows(self, index: Tensor) -> OneMemberPerStep:
         """Return the selection for the batch rows ``index``."""

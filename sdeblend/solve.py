@@ -18,6 +18,7 @@ from sdeblend.blend import Blend, Evaluation, combine, spread
 from sdeblend.correct import Certificate, Correction, CorrectionMode, Weights
 from sdeblend.grid import check_grid
 from sdeblend.noise import NoiseSource, noise_source
+from sdeblend.score import prepare_times
 from sdeblend.sde import BackwardSDE, check_state
 from sdeblend.steps import EulerMaruyama, Move, Step
 
@@ -115,6 +116,7 @@ def trajectory(
     grid, x, step = check_grid(grid, sde.schedule), check_state(x), step or EulerMaruyama()
     source, correction = noise_source(noise), _correction(correct, noise, sde.score, step)
     moves = step.plan(sde.schedule, grid)
+    prepare_times(sde.score, grid)
     score, batch = sde.score, len(x)
     weights = None
     if correction is not None:
