@@ -81,6 +81,17 @@ class Correction:
         """Whether the weights that steer are the full ones."""
         return self.tempering == 1 and self.active is None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the result must know: one sentence for each way in which the correction is partial."""
+        notes = []
+        if self.mode == "resample" and self.tempering != 1:
+            notes.append(f"the weights were tempered by {self.tempering:g}: the correction is partial")
+        if self.mode == "resample" and self.active is not None:
+            low, high = self.active
+            notes.append(f"weights steered only for t in [{low:g}, {high:g}]: the correction is partial")
+        return tuple(notes)
+
     def steers_at(self, t: float) -> bool:
         """Return whether weights gathered at time t steer resampling."""
         return self.active is None or self.active[0] <= t <= self.active[1]

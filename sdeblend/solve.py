@@ -193,7 +193,7 @@ def solve(
         log_normalizers=weights.normalizers(),
         evaluations=state.evaluations,
         resampled=weights.resampled,
-        notes=_notes(weights.correction),
+        notes=weights.correction.notes,
     )
 
 
@@ -262,13 +262,3 @@ def _check_finite(x: Tensor, n: int, move: Move) -> None:
             f"the state must stay finite, got a non-finite value in sample {int(bad[0])} at step {n + 1} "
             f"(t = {float(move.t):g} -> {float(move.s):g}); check the score there, or take more steps"
         )
-
-
-def _notes(correction: Correction) -> tuple[str, ...]:
-    notes = []
-    if correction.mode == "resample" and correction.tempering != 1:
-        notes.append(f"the weights were tempered by {correction.tempering:g}: the correction is partial")
-    if correction.mode == "resample" and correction.active is not None:
-        low, high = correction.active
-        notes.append(f"weights steered only for t in [{low:g}, {high:g}]: the correction is partial")
-    return tuple(notes)

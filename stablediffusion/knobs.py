@@ -18,7 +18,6 @@ from torch import Tensor
 from sdeblend.blend import Blend, Evaluation, Preference
 from sdeblend.correct import Certificate, Correction
 from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
-from sdeblend.solve import _notes
 from sdeblend.steps import Move
 from stablediffusion.adapters import SOUPS
 from stablediffusion.components import denoiser_of
@@ -123,7 +122,7 @@ class Knobs:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the images must know: a correction that is partial, by tempering or active interval."""
-        return () if self._particles is None else _notes(self._particles.weights.correction)
+        return () if self._particles is None else self._particles.weights.correction.notes
 
     @property
     def reason(self) -> str | None:

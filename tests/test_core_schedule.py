@@ -46,7 +46,7 @@ def test_rates_are_the_derivatives(name):
 def moments_by_quadrature(schedule: NoiseSchedule, factor: float = 1.0) -> tuple[float, float]:
     """Return log alpha and (sigma/alpha)^2 gained from t_min to t_max by dm = f m dt, dV = (2 f V + g^2) dt."""
     ends = schedule.log_snr(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
-    edges = schedule.time_of_log_snr(torch.linspace(ends[0], ends[1], 200, dtype=torch.float64))  # only where the panels end
+    edges = schedule.time_of_log_snr(torch.linspace(ends[0], ends[1], 200, dtype=torch.float64))  # panel ends
     edges[0], edges[-1] = schedule.t_min, schedule.t_max
     if isinstance(schedule, TrainedTable):
         edges = torch.arange(1, schedule.count + 1, dtype=torch.float64) / schedule.count

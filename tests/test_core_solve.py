@@ -222,7 +222,7 @@ def change(x, value):
         ({"noise": None}, TypeError, "noise must be a torch.Generator.*got NoneType"),
         ({"correct": "fix"}, ValueError, "certify, resample, got 'fix'"),
         ({"correct": 1}, TypeError, "got 1"),
-        ({"sde": SDE, "correct": "certify"}, ValueError, "needs a Blend with constant coefficients, got function"),
+        ({"sde": SDE, "correct": "certify"}, ValueError, "needs a Blend with constant coefficients, got MixtureScore"),
         ({"sde": IN_TIME, "correct": "certify"}, ValueError, "time-dependent coefficients"),
         ({"correct": "certify", "step": Heun()}, ValueError, "needs a step with noise, got Heun"),
         ({"correct": "certify", "step": Ancestral(eta=0.0)}, ValueError, "needs a step with noise, got Ancestral"),
