@@ -22,6 +22,7 @@ test: $(READY)
 
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m hypothesis
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/test_sd_parity.py
 
 notebooks: $(READY)
 	$(BIN)/jupytext --quiet --set-kernel python3 --to ipynb --execute notebooks/*.py
