@@ -1,5 +1,6 @@
 """``python -m benchmarks``: all benchmarks, each writing its results file."""
 
-from benchmarks import core
+from benchmarks import core, stable_diffusion
 
 core.main()
+stable_diffusion.main()
