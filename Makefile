@@ -1,4 +1,4 @@
-# make demo: verify the theory, write out/report.html. make test: lint, types, tests. Both set up .venv first.
+# make demo: verify the theory on problems drawn anew (SEED=N: on those of one seed), write out/report.html. make test: lint, types, tests. Both set up .venv first.
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 .PHONY: demo test nightly notebooks bench clean
 
 demo: $(READY)
-	$(BIN)/sdeblend verify --report out/report.html
+	$(BIN)/sdeblend verify $(if $(SEED),--seed $(SEED)) --report out/report.html
 
 test: $(READY)
 	$(BIN)/ruff check .
