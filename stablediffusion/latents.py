@@ -24,6 +24,7 @@ from torch import Tensor
 from sdeblend.score import conversion
 from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
+from stablediffusion.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
 from stablediffusion.members import Members
 from stablediffusion.schedulers import schedule_of, timestep_of
 
@@ -52,19 +53,19 @@ class PipelineScore:
     ) -> None:
         self.pipe, self.members, self.guidance_scale, self.size = pipe, members, float(guidance_scale), size
         self.schedule, self.prediction = schedule_of(pipe)
-        name, network = denoiser_of(pipe)
+        network = denoiser_of(pipe)[1]
         self.dtype, self.device = network.dtype, pipe._execution_device
         self.branches = 1 if guidance_scale == 1 else 2
         self._flux = type(pipe).__name__.startswith("Flux")
         self._stack = DenoiserStack(network.forward, network, members, side_by_side=side_by_side)
         self._index: Tensor | None = None
         with torch.no_grad(), members.text_switch.borrowed() as switch:
-            base = _encode(pipe, prompts, negatives, images, self.branches == 2)
+            base = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
             for member in members.text_members:
                 switch.use(str(member.adapter))
-                own = _encode(pipe, prompts, negatives, images, self.branches == 2)
+                own = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
                 self._stack.embeddings.record(member.name, base, own)
-        event, self._fixed = _conditions(pipe, name, base, size, self.branches, embedded_guidance)
+        event, self._fixed = denoiser_arguments(pipe, base, size, self.branches, embedded_guidance)
         self.shape = (len(prompts) * images, *event)
 
     @property
@@ -131,22 +132,13 @@ class PipelineScore:
             output_type: "pil" (a list), "np" (B, H, W, 3) in [0, 1] or "pt" (B, 3, H, W).
         """
         vae = self.pipe.vae
-        if self._flux:
-            latents = self.pipe._unpack_latents(latents, *self.size, self.pipe.vae_scale_factor)
-        mean, std = (vae.config.get(f"latents_{what}") for what in ("mean", "std"))
-        if mean is not None and std is not None:
-            shape = (1, -1, 1, 1)
-            latents = latents * latents.new_tensor(std).view(shape) / vae.config.scaling_factor
-            latents = latents + latents.new_tensor(mean).view(shape)
-        else:
-            latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         dtype = vae.dtype
         upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
         try:
             if upcast:
                 vae.to(torch.float32)
             with torch.no_grad():
-                image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+                image = decode_latents(self.pipe, latents, self.size)
         finally:
             if upcast:
                 vae.to(dtype)
@@ -200,70 +192,7 @@ def pipeline_score(
     chosen = (members or Members(pipe, {})).on(pipe)
     if batched is None:
         batched = len(chosen) > 0 and next(network.parameters()).is_cuda and chosen.adapters_only
-    side = getattr(pipe, "default_sample_size", None) or network.config.sample_size
-    size = (height or side * pipe.vae_scale_factor, width or side * pipe.vae_scale_factor)
+    size = image_size(pipe, height, width)
     return PipelineScore(
         pipe, chosen, prompts, negatives, images, guidance_scale, embedded_guidance, size, bool(batched)
     )
-
-
-def _encode(
-    pipe: Any, prompts: Sequence[str], negatives: Sequence[str], images: int, guided: bool
-) -> tuple[Tensor | None, ...]:
-    """Return (positive, negative, pooled positive, pooled negative) embeddings, None where there is none."""
-    name, device = type(pipe).__name__, pipe._execution_device
-    if name.startswith("Flux"):
-        length = min(512, pipe.tokenizer_2.model_max_length)
-        both = [
-            pipe.encode_prompt(list(texts), None, device, images, max_sequence_length=length)
-            for texts in ((prompts, negatives) if guided else (prompts,))
-        ]
-        positive, negative = both[0], both[-1] if guided else (None, None)
-        return positive[0], negative[0], positive[1], negative[1]
-    arguments = {
-        "prompt": list(prompts),
-        "device": device,
-        "num_images_per_prompt": images,
-        "do_classifier_free_guidance": guided,
-        "negative_prompt": list(negatives) if guided else None,
-    }
-    if name.startswith("StableDiffusion3"):
-        length = 256 if pipe.tokenizer_3 is None else min(256, pipe.tokenizer_3.model_max_length)
-        return pipe.encode_prompt(prompt_2=None, prompt_3=None, max_sequence_length=length, **arguments)
-    out = pipe.encode_prompt(**arguments)
-    return out if len(out) == 4 else (*out, None, None)
-
-
-def _conditions(
-    pipe: Any,
-    network_name: str,
-    embeddings: tuple[Tensor | None, ...],
-    size: tuple[int, int],
-    branches: int,
-    embedded_guidance: float,
-) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Return the shape of one image's state, and the denoiser's arguments that do not change over a run."""
-    positive, negative, pooled, negative_pooled = embeddings
-    network, scale = getattr(pipe, network_name), pipe.vae_scale_factor
-
-    def both(minus: Tensor | None, plus: Tensor | None) -> Tensor:
-        return torch.cat([part for part in (minus if branches == 2 else None, plus) if part is not None])
-
-    fixed: dict[str, Any] = {"encoder_hidden_states": both(negative, positive)}
-    rows, device, dtype = len(fixed["encoder_hidden_states"]), pipe._execution_device, network.dtype
-    if type(pipe).__name__.startswith("Flux"):
-        tall, wide = (2 * (length // (scale * 2)) for length in size)
-        fixed["pooled_projections"] = both(negative_pooled, pooled)
-        fixed["img_ids"] = pipe._prepare_latent_image_ids(rows, tall // 2, wide // 2, device, dtype)
-        fixed["txt_ids"] = torch.zeros(fixed["encoder_hidden_states"].shape[1], 3, device=device, dtype=dtype)
-        if network.config.guidance_embeds:
-            fixed["guidance"] = torch.full((rows,), embedded_guidance, device=device, dtype=torch.float32)
-        return (tall * wide // 4, network.config.in_channels), fixed
-    if network_name == "transformer":
-        fixed["pooled_projections"] = both(negative_pooled, pooled)
-    elif pooled is not None:
-        width = pipe.text_encoder_2.config.projection_dim
-        ids = pipe._get_add_time_ids(size, (0, 0), size, dtype, text_encoder_projection_dim=width)
-        added = {"text_embeds": both(negative_pooled, pooled), "time_ids": ids.to(device).repeat(rows, 1)}
-        fixed["added_cond_kwargs"] = added
-    return (network.config.in_channels, size[0] // scale, size[1] // scale), fixed
