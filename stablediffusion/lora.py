@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,15 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import logging
 
+from sdeblend.io import write_atomically
 from stablediffusion.components import denoiser_of, lora_components
 
 LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+ABOUT = "sdeblend."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 # Layouts of other trainers that the pipeline's own loader converts; their tensors are renamed and rescaled.
@@ -51,11 +53,13 @@ class LoraFile:
         tensors: name -> tensor, as in the file.
         metadata: the configuration of each component, or None if the file has none.
         path: where it was read, or None for tensors given in memory.
+        about: what a trainer of ours wrote beside it (reward, KL weight, base, ...), by name after "sdeblend.".
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, Any] | None
     path: Path | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def foreign(self) -> bool:
@@ -67,7 +71,11 @@ class LoraFile:
         if self.foreign or any(key.split(".", 1)[0] in _COMPONENTS for key in self.tensors):
             return self
         metadata = None if self.metadata is None else {f"{component}.{k}": v for k, v in self.metadata.items()}
-        return LoraFile({f"{component}.{key}": value for key, value in self.tensors.items()}, metadata, self.path)
+        tensors = {f"{component}.{key}": value for key, value in self.tensors.items()}
+        return LoraFile(tensors, metadata, self.path, self.about)
+
+
+Source = str | Path | Mapping[str, Tensor] | LoraFile
 
 
 def find_lora(source: str | Path) -> Path:
@@ -115,11 +123,11 @@ def _from_hub(source: str) -> Path:
     raise ValueError(f"a LoRA must be a file, a folder or a hub id owner/name, got {source!r}, which does not exist")
 
 
-def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
+def read_lora(source: Source) -> LoraFile:
     """Read a LoRA file of any layout, without running code that it may carry.
 
     Args:
-        source: a file or folder or hub id (see ``find_lora``), or tensors by name.
+        source: a file or folder or hub id (see ``find_lora``), tensors by name, or what was read before.
 
     Returns:
         tensors on the CPU and metadata.
@@ -127,29 +135,36 @@ def read_lora(source: str | Path | Mapping[str, Tensor]) -> LoraFile:
     Raises:
         ValueError: if the file is damaged or holds no LoRA tensors, or a pickle holds more than tensors.
     """
-    metadata, path = None, None
+    if isinstance(source, LoraFile):
+        return source
+    metadata, path, about = None, None, {}
     if isinstance(source, Mapping):
         tensors = dict(source)
     else:
         path = find_lora(source)
-        tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickle(path), None)
+        if path.suffix == ".safetensors":
+            tensors, metadata, about = _read_safetensors(path)
+        else:
+            tensors = _read_pickle(path)
     if not tensors or not any("lora" in key or key.startswith(_FOREIGN) for key in tensors):
         example = next(iter(tensors), "nothing")
         raise ValueError(
             f"a LoRA file needs tensors whose names contain 'lora', got {example!r} among {len(tensors)} "
             f"in {path or 'the given tensors'}; a whole model can be a member as a module"
         )
-    return LoraFile(tensors, metadata, path)
+    return LoraFile(tensors, metadata, path, about)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, str]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a handle is no dictionary
-            raw = (file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+            header = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"a LoRA must be a whole safetensors file, got {path} ({error}); fetch it again") from error
-    return tensors, json.loads(raw) if raw else None
+    raw = header.get(LORA_ADAPTER_METADATA_KEY)
+    about = {key.removeprefix(ABOUT): value for key, value in header.items() if key.startswith(ABOUT)}
+    return tensors, json.loads(raw) if raw else None, about
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -166,7 +181,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def convert_lora(source: str | Path | Mapping[str, Tensor], path: str | Path, component: str = "unet") -> Path:
+def convert_lora(source: Source, path: str | Path, component: str = "unet") -> Path:
     """Write a LoRA of any layout as safetensors with component names and its metadata.
 
     Args:
@@ -180,13 +195,22 @@ def convert_lora(source: str | Path | Mapping[str, Tensor], path: str | Path, co
     return _write(read_lora(source).qualified(component), _check_target(path))
 
 
-def save_lora(pipe: Any, path: str | Path, adapter: str) -> Path:
+def save_lora(
+    pipe: Any,
+    path: str | Path,
+    adapter: str,
+    *,
+    about: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Save an adapter of the pipeline (denoiser and text encoders) with its configuration.
 
     Args:
         pipe: the pipeline that carries the adapter.
-        path: file to write, ``*.safetensors``.
+        path: file to write, ``*.safetensors``, whole or not at all; the same adapter gives the same bytes.
         adapter: the adapter's name.
+        about: written beside the configuration, see ``LoraFile.about``.
+        dtype: of the tensors in the file; as they are by default.
 
     Returns:
         the path.
@@ -205,11 +229,13 @@ def save_lora(pipe: Any, path: str | Path, adapter: str) -> Path:
             arguments[f"{name}_lora_adapter_metadata"] = _plain(module.peft_config[adapter].to_dict())
     if not arguments:
         raise ValueError(f"saving needs an adapter that is loaded, got {adapter!r}; {_loaded(pipe)}")
-    type(pipe).save_lora_weights(path.parent, weight_name=path.name, **arguments)
-    return path
+    with tempfile.TemporaryDirectory() as folder:
+        type(pipe).save_lora_weights(folder, weight_name=path.name, **arguments)
+        tensors, metadata, _ = _read_safetensors(Path(folder) / path.name)
+    return _write(LoraFile({k: v.to(dtype or v.dtype) for k, v in tensors.items()}, metadata, about=about or {}), path)
 
 
-def load_lora(pipe: Any, source: str | Path | Mapping[str, Tensor], adapter: str) -> tuple[str, ...]:
+def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
     """Load a LoRA of any layout as an adapter, and check that all of it arrived.
 
     Args:
@@ -276,11 +302,17 @@ def remove_adapter(pipe: Any, adapter: str) -> None:
 
 
 def _write(file: LoraFile, path: Path) -> Path:
-    header = {"format": "pt"}
+    metadata = {"format": "pt"} | {f"{ABOUT}{key}": value for key, value in file.about.items()}
     if file.metadata is not None:
-        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(file.metadata, indent=2, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in file.tensors.items()}, path, metadata=header)
+        metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(file.metadata, indent=2, sort_keys=True)
+    content = save({key: value.contiguous() for key, value in file.tensors.items()}, metadata=metadata)
+    # safetensors writes the metadata in an order that differs from one process to the next
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
     return path
 
 
