@@ -1,25 +1,33 @@
 """Generate images from a blend of LoRA members on a Stable Diffusion, SDXL, SD 3 or Flux model.
 
+    sdeblend generate --weights compress=0.3,vivid=0.7 --prompt "a red circle on a blue background"
     sdeblend generate --model FOLDER|ID --member compress=PATH --member vivid=PATH \
         --weights compress=0.3,vivid=0.7 --strength 1.2 --prompt "a red circle" --images 4 --out DIR
 
-DIR receives the images, a contact sheet (one row a sweep point, one column a seed) and ``run.json`` with everything
-that reproduces them. Image i of every point starts from seed + i, so rows compare like with like; with resampling an
-image may descend from another one's seed. A rerun with the same settings continues where the last one stopped; with
-others it is refused.
+Without --model it is the bundled small model, whose own members need no --member (``stablediffusion/small``). DIR
+receives the images, a contact sheet (one row a sweep point, one column a seed) and ``run.json`` with everything that
+reproduces them. Image i of every point starts from seed + i, so rows compare like with like; with resampling an image
+may descend from another one's seed. A rerun with the same settings continues where the last one stopped; with others
+it is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from stablediffusion.bundled import GUIDANCE
 
 MODES = ("mpa", "ls", "soup", "soup-factors")
 SCHEDULERS = ("ddim", "ddpm", "euler-a", "keep")
 DTYPES = ("float32", "float16", "bfloat16")
 CORRECTIONS = ("certify", "resample", "none")
+BUNDLED = "bundled"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(list(argv))
     settings = vars(arguments) | {"member": named(arguments.member, "--member")}
     weights = {name: number(value, f"--weights {name}") for name, value in named_list(arguments.weights).items()}
+    if arguments.model == BUNDLED:
+        settings["member"] |= {name: BUNDLED for name in weights if name not in settings["member"]}
     unknown = [name for name in weights if name not in settings["member"]]
     if unknown:
         raise ValueError(
@@ -47,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--height and --width must be at least 8, got {arguments.height} and {arguments.width}")
     if arguments.steps < 1 or arguments.images < 1:
         raise ValueError(f"--steps and --images must be at least 1, got {arguments.steps} and {arguments.images}")
+    if arguments.guidance is None:
+        settings["guidance"] = GUIDANCE if arguments.model == BUNDLED else 7.5
     for name in ("strength", "eta", "guidance"):
         if not math.isfinite(settings[name]):
             raise ValueError(f"--{name} must be a finite number, got {settings[name]}")
@@ -58,12 +70,19 @@ def main(argv: Sequence[str]) -> int:
     # Late: help and settings that cannot be used need neither torch nor diffusers.
     from stablediffusion.generate import Run
 
-    out: Path = settings.pop("out")
+    out: Path = settings.pop("out") or _folder(settings)
     for name in ("sweep", "weights"):
         settings.pop(name)
     Run(settings, points, out).finish()
     print(out / "run.json")
     return 0
+
+
+def _folder(settings: dict[str, object]) -> Path:
+    """Return a folder of its own for these settings, so that a rerun resumes and another run finds it free."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    words = "-".join(re.findall(r"[a-z0-9]+", str(settings["prompt"]).lower()))[:60].strip("-")
+    return Path("out", f"{words or 'images'}-{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 
 def named(items: Sequence[str], option: str) -> dict[str, str]:
@@ -134,8 +153,11 @@ def sweep_points(weights: dict[str, float], sweep: str | None) -> list[dict[str,
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sdeblend generate", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a diffusers pipeline")
-    add("--member", action="append", required=True, metavar="NAME=PATH", help="LoRA file, folder or hub id; repeat")
+    add("--model", default=BUNDLED, help="folder or hub id of a diffusers pipeline; by default the bundled small model")
+    add(
+        "--member", action="append", default=[], metavar="NAME=PATH",
+        help="LoRA file, folder or hub id; repeat. The bundled model has members of its own",
+    )  # fmt: skip
     add("--weights", required=True, metavar="NAME=W,...", help="preference weights; the base takes what is left to 1")
     add("--strength", type=float, default=1.0, help="1 as the members were tuned, 0 the base, above 1 beyond")
     add("--mode", choices=MODES, default="mpa", help="all members a step, one a step, or a baseline")
@@ -145,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=4, help="images a point, from seed, seed + 1, ...")
     add("--steps", type=int, default=50)
     add("--eta", type=float, default=1.0, help="noise of DDIM; a certificate needs more than 0")
-    add("--guidance", type=float, default=7.5, help="guidance scale; 1 is none")
+    add("--guidance", type=float, help="guidance scale; 1 is none; by default 7.5, or 3 for the bundled model")
     add("--scheduler", choices=SCHEDULERS, default="ddim", help="flow models (SD 3, Flux) keep their own")
     add("--seed", type=int, default=0)
     add("--sweep", metavar="NAME=FROM:TO:COUNT", help="one row of images for each weight of a member")
@@ -153,5 +175,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int)
     add("--dtype", choices=DTYPES, default="float32", help="of the networks")
     add("--device", help="cuda, cpu, ...; by default a GPU if there is one")
-    add("--out", type=Path, required=True, help="folder for images, sheet.png and run.json")
+    add("--out", type=Path, help="folder for images, sheet.png and run.json; by default one of its own under out/")
     return parser

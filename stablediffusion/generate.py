@@ -26,6 +26,8 @@ from tqdm import tqdm
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
 from stablediffusion.attach import blend
+from stablediffusion.bundled import MODEL, bundled_member
+from stablediffusion.command import BUNDLED
 from stablediffusion.knobs import Knobs
 from stablediffusion.lora import find_lora
 from stablediffusion.members import load_members
@@ -53,7 +55,10 @@ class Run:
 
     def __init__(self, settings: dict[str, Any], points: list[dict[str, float]], out: Path) -> None:
         self.settings, self.points, self.out = settings, points, out
-        self.files = {name: find_lora(source) for name, source in settings["member"].items()}
+        self.files = {
+            name: bundled_member(name) if source == BUNDLED else find_lora(source)
+            for name, source in settings["member"].items()
+        }
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         wanted = {"settings": settings, "points": points, "members_sha256": hashes}
         self.record: dict[str, Any] = wanted | {"results": {}}
@@ -82,8 +87,9 @@ class Run:
 
     def _pipeline(self) -> Any:
         s = self.settings
+        source = MODEL if s["model"] == BUNDLED else s["model"]
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(s["model"], dtype=getattr(torch, s["dtype"]))
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, s["dtype"]))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"--model must be a folder or hub id of a diffusers pipeline, got {s['model']!r}, not readable: "
