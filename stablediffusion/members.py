@@ -7,7 +7,10 @@ m LoRA members cost the base and m LoRA files of memory, never m networks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,8 @@ from torch import Tensor, nn
 
 from stablediffusion.adapters import AdapterSwitch, check_unfused
 from stablediffusion.components import denoiser_of, lora_components, text_encoders_of
-from stablediffusion.lora import load_lora, remove_adapter
+from stablediffusion.identity import base_identity, same_base
+from stablediffusion.lora import LoraFile, load_lora, read_lora, remove_adapter
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | None
 
@@ -30,12 +34,16 @@ class Member:
         adapter: its adapter, None for a whole network.
         module: its own network, None for an adapter.
         text_encoders: which text encoders its adapter changes.
+        kl_weight: what it was tuned at, the alpha of exp(r / alpha); None where its file does not say.
+        reward: weight of each reward it was tuned for, r = sum of weight times reward; None where unknown.
     """
 
     name: str
     adapter: str | None = None
     module: nn.Module | None = None
     text_encoders: tuple[str, ...] = ()
+    kl_weight: float | None = None
+    reward: Mapping[str, float] | None = None
 
 
 class Members:
@@ -114,8 +122,8 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
         the members, in this order.
 
     Raises:
-        ValueError: no member, a name that is taken, "base" or with a "."; an adapter that did not load. None is
-            left behind then.
+        ValueError: no member, a name that is taken, "base" or with a "."; an adapter that did not load, or whose file
+            names another base than this pipeline's. None is left behind then.
     """
     if not sources:
         raise ValueError("a blend needs at least one member, got none; give {'name': 'lora.safetensors'}")
@@ -126,19 +134,25 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
     active = {id(layer): list(layer.active_adapters) for layer in AdapterSwitch(components.values(), ()).layers}
     members: dict[str, Member] = {}
     added: list[str] = []
+    # computed for the first member that names its base, once for all
+    identity = functools.cache(lambda: base_identity(denoiser_of(pipe)[1]))
     try:
         for name, source in sources.items():
             if isinstance(source, nn.Module):
                 members[name] = Member(name, module=source)
                 continue
+            known: dict[str, Any] = {}
             if source is None:
                 where = tuple(c for c, m in components.items() if name in getattr(m, "peft_config", {}))
                 if not where:
                     raise ValueError(f"a member without a source must be loaded, got {name!r}; give its LoRA file")
             else:
-                where = load_lora(pipe, source, name)
+                file = read_lora(source)
+                known = _known(name, file, identity)
+                where = load_lora(pipe, file, name)
                 added.append(name)
-            members[name] = Member(name, adapter=name, text_encoders=tuple(c for c in where if c.startswith("text")))
+            encoders = tuple(c for c in where if c.startswith("text"))
+            members[name] = Member(name, adapter=name, text_encoders=encoders, **known)
     except BaseException:
         for name in added:
             remove_adapter(pipe, name)
@@ -152,3 +166,25 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
                     if name in holder:
                         holder[name].requires_grad_(False)
     return Members(pipe, members)
+
+
+def _known(name: str, file: LoraFile, identity: Callable[[], str]) -> dict[str, Any]:
+    """Return what a member's file says of its tuning, after checking that it was tuned on this base."""
+    base = file.about.get("base")
+    if base is not None and not same_base(base, identity()):
+        raise ValueError(
+            f"member {name!r} needs the base it was tuned on, {base}, got {identity()}; load the pipeline it was made "
+            "for, or tune it on this one"
+        )
+    try:
+        kl_weight = float(file.about["kl_weight"]) if "kl_weight" in file.about else None
+        reward = json.loads(file.about["reward"]) if "reward" in file.about else None
+        if kl_weight is not None and not 0 < kl_weight < math.inf:
+            raise ValueError(f"kl_weight is {kl_weight}")
+        reward = None if reward is None else {str(key): float(weight) for key, weight in reward.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"member {name!r} needs readable sdeblend.kl_weight and sdeblend.reward in {file.path}, got "
+            f"{' '.join(str(error).split())}; tune it again, or remove these entries"
+        ) from error
+    return {"kl_weight": kl_weight, "reward": reward}
