@@ -1,0 +1,82 @@
+"""The backend of ``sdeblend finetune`` for diffusers pipelines: a ``[model]`` table in, model and rewards out.
+
+``kind = "pipeline"``; ``path`` is a folder or hub id, and ``prompts`` a file with one a line, or a list. Without a path
+it is the bundled model, and then prompts may be left out too: they are captions as it was trained on, never those held
+out for its evaluation. The other keys are the arguments of ``PipelineTunable``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+
+from sdeblend.config import REQUIRED, Spec, check_keys
+from sdeblend.finetune.model import Tunable
+from sdeblend.finetune.reward import Reward
+from stablediffusion.bundled import GUIDANCE, MODEL
+from stablediffusion.rewards import find_reward
+from stablediffusion.tunable import Layers, PipelineTunable
+
+_Precision = Literal["float32", "bfloat16", "float16"]
+_OPTIONAL: Spec = {
+    "rank": (int, 4),
+    "alpha": (float, None),
+    "layers": (list[Layers], ["attention"]),
+    "guidance": (float, 1.0),
+    "negative": (str, ""),
+    "embedded_guidance": (float, 3.5),
+    "height": (int, None),
+    "width": (int, None),
+    "checkpointing": (bool, False),
+    "decode_batch": (int, 8),
+    "dtype": (_Precision, "float32"),
+    "save_dtype": (_Precision, "float32"),
+}
+_PROMPTS = str | list[str]
+_GIVEN: Spec = {"path": (str, REQUIRED), "prompts": (_PROMPTS, REQUIRED)} | dict(_OPTIONAL)
+_BUNDLED: Spec = {"prompts": (_PROMPTS, None)} | dict(_OPTIONAL) | {"guidance": (float, GUIDANCE)}
+
+
+def build(
+    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+) -> tuple[Tunable, dict[str, Reward]]:
+    """Build the pipeline with its adapter, and the rewards; see ``sdeblend.finetune.config.Builder``.
+
+    Raises:
+        ValueError: a key that does not exist, a pipeline that cannot be read or tuned, an unknown reward.
+    """
+    settings = check_keys(table, _GIVEN if "path" in table else _BUNDLED, file=file, section="[model]")
+    try:
+        found: dict[str, Reward] = {name: find_reward(name) for name in rewards}
+    except ValueError as error:
+        raise ValueError(f"{file}: [rewards] {error}") from error
+    pipe = _pipeline(settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype")), file).to(device)
+    settings["save_dtype"] = getattr(torch, settings["save_dtype"])
+    prompts = settings.pop("prompts")
+    try:
+        return PipelineTunable(pipe, training_captions if prompts is None else prompts, seed=seed, **settings), found
+    except ValueError as error:
+        raise ValueError(f"{file}: [model] {error}") from error
+
+
+def training_captions(count: int, generator: torch.Generator) -> list[str]:
+    """Draw captions as the bundled model was trained on."""
+    from stablediffusion.small.scenes import caption, mention, sample_scenes
+
+    return [caption(scene) for scene in mention(sample_scenes(count, generator), generator)]
+
+
+def _pipeline(path: str, dtype: torch.dtype, file: Path) -> Any:
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: [model] path must be a folder or hub id of a diffusers pipeline, got {path!r}, not readable: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

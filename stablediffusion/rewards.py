@@ -1,0 +1,127 @@
+"""Rewards of images: file size, colourfulness, the bundled model's scorer, and any function of the user's own.
+
+A reward takes images (B, 3, H, W) in [0, 1] and the condition (its ``prompts``, one a row) and gives one number an
+image, (B,). Compressibility is minus the size of the image as JPEG. Colourfulness of the opponent channels
+rg = R - G, yb = (R + G)/2 - B is
+
+    sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2),
+
+variances and means over pixels, in the units of the pixels: about 0.06 is slightly, 0.43 extremely colourful.
+
+Source: Black et al. 2305.13301 (compressibility); Hasler and Süsstrunk 2003, equation 3, divided by 255.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95
+_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class ImageReward:
+    """A reward of images with what is known of it.
+
+    Attributes:
+        name: as the settings name it.
+        function: (images (B, 3, H, W) in [0, 1], condition) -> (B,).
+        differentiable: whether gradients reach the images.
+        unit: of its values.
+    """
+
+    name: str
+    function: Callable[[Tensor, Any], Tensor]
+    differentiable: bool
+    unit: str
+
+    def __call__(self, images: Tensor, condition: Any) -> Tensor:
+        """Return the rewards, (B,)."""
+        return self.function(images, condition)
+
+
+def jpeg_size(images: Tensor, quality: int = QUALITY) -> Tensor:
+    """Return the size of each image as a JPEG file, in kB of 1000 bytes, (B,); not differentiable.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], rounded to 8 bits.
+        quality: Pillow's, 1 to 95.
+    """
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    return torch.tensor([_bytes(image, quality) / 1000 for image in pixels], device=images.device)
+
+
+def colourfulness(images: Tensor) -> Tensor:
+    """Return the colourfulness of each image, (B,), in units of the pixels; differentiable.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+    """
+    red, green, blue = images.flatten(2).unbind(1)
+    rg, yb = red - green, (red + green) / 2 - blue
+
+    # the root of zero, at a grey image, has no gradient
+    def root(value: Tensor) -> Tensor:
+        return (value + _EPSILON).sqrt() - _EPSILON**0.5
+
+    spread = root(rg.var(1, correction=0) + yb.var(1, correction=0))
+    return spread + 0.3 * root(rg.mean(1).square() + yb.mean(1).square())
+
+
+def _bytes(pixels: np.ndarray, quality: int) -> int:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
+    return stream.tell()
+
+
+def _alignment(images: Tensor, condition: Any) -> Tensor:
+    # late: it reads the scorer's weights
+    from stablediffusion.small.scorer import log_prob
+
+    return log_prob(images, list(condition.prompts))
+
+
+REWARDS: Mapping[str, ImageReward] = {
+    "compress": ImageReward("compress", lambda images, _: -jpeg_size(images), False, "kB of JPEG saved"),
+    "incompress": ImageReward("incompress", lambda images, _: jpeg_size(images), False, "kB of JPEG"),
+    "vivid": ImageReward("vivid", lambda images, _: colourfulness(images), True, "colourfulness, pixels in [0, 1]"),
+    "align": ImageReward("align", _alignment, True, "nats, of the bundled model's captions"),
+}
+
+
+def find_reward(name: str) -> ImageReward:
+    """Return a reward by its name, or a user's own by ``"package.module:function"``.
+
+    A function of one's own takes (images, condition) and is taken to be differentiable unless it has an attribute
+    ``differentiable`` that is False.
+
+    Raises:
+        ValueError: for a name that is neither, naming what exists.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(REWARDS)
+        raise ValueError(f"a reward must be one of {known} or 'package.module:function', got {name!r}; correct it")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"a reward of your own must be an importable 'package.module:function', got {name!r} ({error}); check that "
+            "Python finds the module"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"a reward must be a function of (images, condition), got {type(function).__name__}: {name!r}")
+    if isinstance(function, ImageReward):
+        return function
+    return ImageReward(name, function, bool(getattr(function, "differentiable", True)), "its own")

@@ -1,0 +1,229 @@
+"""A diffusers pipeline with a LoRA adapter as what the trainers tune (``sdeblend.finetune.model.Tunable``).
+
+The tuned network is the pipeline's own with the adapter active, the base the same network with it off: no copy. Both
+are guided alike,
+
+    out = out(negative) + g (out(prompt) - out(negative)),        g = 1: out(prompt),
+
+so that with KL weight alpha the trainers' optimum is p_base exp(r / alpha) / Z for the *guided* base at this g, and
+a blend of members keeps its meaning at this g.
+
+Only the adapter's factors get gradients, and they are float32 whatever the network's precision.
+
+Source: Hu et al. 2106.09685 (LoRA); Ho and Salimans 2207.12598 (guidance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stablediffusion.adapters import AdapterSwitch, check_unfused
+from stablediffusion.components import denoiser_of, lora_components
+from stablediffusion.identity import base_identity
+from stablediffusion.inputs import decode_latents, denoiser_arguments, image_size
+from stablediffusion.lora import ABOUT, save_lora
+from stablediffusion.prompts import Draw, Encoder, PromptCondition, prompt_source
+from stablediffusion.schedulers import schedule_of, timestep_of
+
+Layers = Literal["attention", "feed-forward", "convolutions"]
+_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed-forward": ("ff.net.0.proj", "ff.net.2"),
+    "convolutions": ("conv1", "conv2", "conv_shortcut"),
+}
+_FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+ADAPTER = "tuned"
+
+
+class PipelineTunable:
+    """Base and LoRA of a text-to-image pipeline: Stable Diffusion 1 and 2, SDXL, SD 3, Flux.
+
+    The pipeline's networks are frozen, and it draws as before: the adapter is active in ``tuned`` only.
+
+    Args:
+        pipe: the pipeline; other adapters that are active on it belong to the base.
+        prompts: to tune on, see ``prompt_source``.
+        rank: of the factors.
+        alpha: the change of a weight is ``alpha / rank`` B A; the rank by default.
+        layers: which get an adapter.
+        guidance: g; 1 is none, at half the cost.
+        negative: negative prompt for g other than 1.
+        embedded_guidance: what a guidance-distilled Flux takes as input.
+        height, width: of the images in pixels; the model's own by default.
+        checkpointing: compute activations again in the backward pass instead of keeping them.
+        decode_batch: images decoded at once.
+        save_dtype: of the saved file's tensors.
+        seed: of the adapter's first values.
+
+    Attributes:
+        schedule, prediction, event, device: see ``Tunable``.
+
+    Raises:
+        ValueError: another pipeline, layers that it lacks, values out of range, or an adapter of this name.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str] | str | Path | Draw,
+        *,
+        rank: int = 4,
+        alpha: float | None = None,
+        layers: Sequence[Layers] = ("attention",),
+        guidance: float = 1.0,
+        negative: str = "",
+        embedded_guidance: float = 3.5,
+        height: int | None = None,
+        width: int | None = None,
+        checkpointing: bool = False,
+        decode_batch: int = 8,
+        save_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        if type(pipe).__name__ not in _FAMILIES:
+            raise ValueError(f"tuning needs one of {', '.join(_FAMILIES)}, got {type(pipe).__name__}; load it as such")
+        for name, value in (("rank", rank), ("decode_batch", decode_batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_unfused(type(pipe).__name__, lora_components(pipe).values())
+        self.pipe, self.network = pipe, denoiser_of(pipe)[1]
+        self.schedule, self.prediction = schedule_of(pipe)
+        self.device, self.dtype = torch.device(pipe._execution_device), self.network.dtype
+        self.guidance, self.branches = float(guidance), 1 if guidance == 1 else 2
+        self.embedded_guidance, self.size = embedded_guidance, image_size(pipe, height, width)
+        self.checkpointing, self.decode_batch, self.save_dtype = checkpointing, decode_batch, save_dtype
+        self._flux = type(pipe).__name__ == "FluxPipeline"
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
+            pipe.vae.to(torch.float32)  # overflows in float16, says its configuration
+        self._draw, self._encode = prompt_source(prompts), Encoder(pipe, negative, self.branches == 2)
+        self._parameters = _add_adapter(self.network, rank, rank if alpha is None else alpha, layers, seed)
+        self._switch = AdapterSwitch([self.network], [ADAPTER])
+        self._active: tuple[str, ...] = ()
+        if checkpointing:
+            self.network.enable_gradient_checkpointing(self._checkpointed)
+        for layer in self._switch.layers:
+            # adding an adapter activates it; outside ``tuned`` the pipeline is to run as it did
+            layer.__dict__["_active_adapter"] = [n for n in layer.active_adapters if n != ADAPTER]
+        self.event = denoiser_arguments(
+            pipe, self._encode([""]).of_rows(), self.size, self.branches, embedded_guidance
+        )[0]
+
+    def tuned(self, x: Tensor, t: Tensor, condition: PromptCondition | None, /) -> Tensor:
+        """Return the guided prediction with the adapter, (B, *event), at x (B, *event) and times t (B,) float64."""
+        return self._predict(x, t, condition, (ADAPTER,))
+
+    def base(self, x: Tensor, t: Tensor, condition: PromptCondition | None, /) -> Tensor:
+        """Return the guided prediction without it; differentiable in x."""
+        return self._predict(x, t, condition, ())
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """Return the adapter's factors by name, float32."""
+        return self._parameters
+
+    def conditions(self, groups: int, size: int, generator: torch.Generator, /) -> PromptCondition:
+        """Draw ``groups`` prompts, each repeated ``size`` times in a row.
+
+        Raises:
+            ValueError: if the source of prompts gave another number.
+        """
+        drawn = list(self._draw(groups, generator))
+        if len(drawn) != groups:
+            raise ValueError(f"the source of prompts must give {groups} prompts when asked, got {len(drawn)}; mend it")
+        return self.condition([prompt for prompt in drawn for _ in range(size)])
+
+    def condition(self, prompts: Sequence[str]) -> PromptCondition:
+        """Return the condition of these prompts, one a row."""
+        return self._encode(prompts)
+
+    def decode(self, x: Tensor, /) -> Tensor:
+        """Return the images of latents x (B, *event), (B, 3, H, W) in [0, 1]; differentiable."""
+
+        def some(part: Tensor) -> Tensor:
+            return (decode_latents(self.pipe, part, self.size) / 2 + 0.5).clamp(0, 1)
+
+        parts = x.split(self.decode_batch)
+        if self.checkpointing and torch.is_grad_enabled() and x.requires_grad:
+            return torch.cat([checkpoint(some, part, use_reentrant=False) for part in parts]).to(x.dtype)
+        return torch.cat([some(part) for part in parts]).to(x.dtype)
+
+    def save(self, path: Path, metadata: Mapping[str, str], /) -> Path:
+        """Write the adapter as ``load_members`` reads it, with string metadata named ``sdeblend.*``."""
+        about = {key.removeprefix(ABOUT): value for key, value in metadata.items()}
+        return save_lora(self.pipe, path, ADAPTER, about=about, dtype=self.save_dtype)
+
+    def identity(self) -> str:
+        """Return a text that tells the denoiser's own weights from any others."""
+        return base_identity(self.network)
+
+    def _predict(self, x: Tensor, t: Tensor, condition: PromptCondition | None, adapters: tuple[str, ...]) -> Tensor:
+        if condition is None or len(condition) != len(x):
+            given = "none" if condition is None else str(len(condition))
+            raise ValueError(f"a prediction needs one prompt a row, got {given} for {len(x)} rows; draw conditions")
+        _, arguments = denoiser_arguments(
+            self.pipe, condition.of_rows(), self.size, self.branches, self.embedded_guidance
+        )
+        times = t if self._flux else timestep_of(self.schedule, t, self.pipe.scheduler)
+        times = times.to(self.device, torch.float32).repeat(self.branches)
+        sample = x.to(self.dtype).repeat(self.branches, *[1] * (x.ndim - 1))
+        with self._using(adapters):
+            out = self.network(sample, timestep=times, return_dict=False, **arguments)[0].to(x.dtype)
+        if self.branches == 1:
+            return out
+        negative, positive = out.chunk(2)
+        return negative + self.guidance * (positive - negative)
+
+    @contextmanager
+    def _using(self, adapters: tuple[str, ...]) -> Iterator[None]:
+        before, self._active = self._active, adapters
+        try:
+            with self._switch.borrowed() as switch:
+                switch.use(*adapters)
+                yield
+        finally:
+            self._active = before
+
+    def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Compute again, in the backward pass, with the adapters of the forward pass."""
+        adapters = self._active
+
+        def run(*inputs: Any) -> Any:
+            with self._using(adapters):
+                return function(*inputs)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+def _add_adapter(network: Any, rank: int, alpha: float, layers: Sequence[str], seed: int) -> dict[str, nn.Parameter]:
+    """Put a LoRA that changes nothing yet on a network and return its factors by name."""
+    unknown = [name for name in layers if name not in get_args(Layers)]
+    if unknown or not layers:
+        raise ValueError(f"layers must be some of {', '.join(get_args(Layers))}, got {', '.join(unknown) or 'none'}")
+    if ADAPTER in getattr(network, "peft_config", {}):
+        raise ValueError(f"tuning needs a pipeline without an adapter {ADAPTER!r}, got one; remove or rename it")
+    names = [name for name, _ in network.named_modules()]
+    for kind in layers:
+        if not any(name.endswith(f".{target}") for name in names for target in _TARGETS[kind]):
+            raise ValueError(f"layers name what the network has, got {kind!r}, which {type(network).__name__} lacks")
+    targets = [target for kind in layers for target in _TARGETS[kind]]
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network.add_adapter(config, adapter_name=ADAPTER)
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            for factor, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
+                found[f"{name}.lora_{factor}"] = holder[ADAPTER].float().weight.requires_grad_(True)
+    return found
