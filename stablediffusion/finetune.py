@@ -75,8 +75,8 @@ def _pipeline(path: str, dtype: torch.dtype, file: Path) -> Any:
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{file}: [model] path must be a folder or hub id of a diffusers pipeline, got {path!r}, not readable: "
-            f"{' '.join(str(error).split())}"
+            f"{file}: [model] path must be a folder or hub id of a diffusers pipeline, got {path!r}, which cannot be "
+            f"read ({type(error).__name__}); check it"
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe

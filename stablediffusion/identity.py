@@ -32,7 +32,7 @@ def _hash(network: Any, dtype: torch.dtype) -> str:
     digest = hashlib.blake2b(digest_size=_DIGITS // 2)
     for name, value in sorted(_own(network)):
         digest.update(f"{name} {tuple(value.shape)};".encode())
-        digest.update(value.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -26,7 +26,6 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -137,7 +136,8 @@ def read_lora(source: Source) -> LoraFile:
     """
     if isinstance(source, LoraFile):
         return source
-    metadata, path, about = None, None, {}
+    metadata, path = None, None
+    about: dict[str, str] = {}
     if isinstance(source, Mapping):
         tensors = dict(source)
     else:
@@ -219,20 +219,17 @@ def save_lora(
         ValueError: if no component has such an adapter.
     """
     path = _check_target(path)
-    arguments: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = {}
     for name, module in lora_components(pipe).items():
         if adapter in getattr(module, "peft_config", {}):
-            tensors = get_peft_model_state_dict(module, adapter_name=adapter)
-            arguments[f"{name}_lora_layers"] = {
-                key: value.contiguous() for key, value in convert_state_dict_to_diffusers(tensors).items()
-            }
-            arguments[f"{name}_lora_adapter_metadata"] = _plain(module.peft_config[adapter].to_dict())
-    if not arguments:
+            # peft's own names: diffusers' converter renames attention only, and cannot read the mixture back
+            factors = get_peft_model_state_dict(module, adapter_name=adapter)
+            tensors |= {f"{name}.{key}": value.to(dtype or value.dtype) for key, value in factors.items()}
+            metadata |= {f"{name}.{k}": v for k, v in _plain(module.peft_config[adapter].to_dict()).items()}
+    if not tensors:
         raise ValueError(f"saving needs an adapter that is loaded, got {adapter!r}; {_loaded(pipe)}")
-    with tempfile.TemporaryDirectory() as folder:
-        type(pipe).save_lora_weights(folder, weight_name=path.name, **arguments)
-        tensors, metadata, _ = _read_safetensors(Path(folder) / path.name)
-    return _write(LoraFile({k: v.to(dtype or v.dtype) for k, v in tensors.items()}, metadata, about=about or {}), path)
+    return _write(LoraFile(tensors, metadata, about=about or {}), path)
 
 
 def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
@@ -267,7 +264,7 @@ def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
         with tempfile.TemporaryDirectory() as folder:
             # through a file, because only there does diffusers read the metadata
             name = _write(file, Path(folder) / "lora.safetensors").name
-            with _no_false_alarms():
+            with no_false_alarms():
                 pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
         return _check_arrived(file, components, adapter)
     except BaseException as error:
@@ -317,7 +314,7 @@ def _write(file: LoraFile, path: Path) -> Path:
 
 
 @contextmanager
-def _no_false_alarms() -> Iterator[None]:
+def no_false_alarms() -> Iterator[None]:
     """Silence base weights "newly initialised" (a test compares them), files for one component, other adapters."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     other = diffusers_logging.get_verbosity()

@@ -21,7 +21,7 @@ Draw = Callable[[int, torch.Generator], Sequence[str]]
 _REMEMBERED = 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptCondition:
     """The prompts of a batch, one a row, with their embeddings.
 
@@ -68,7 +68,7 @@ class Encoder:
         each = [self._one(prompt) for prompt in distinct]
         together = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
         place = {prompt: k for k, prompt in enumerate(distinct)}
-        which = torch.tensor([place[prompt] for prompt in prompts], device=together[0].device)
+        which = torch.tensor([place[prompt] for prompt in prompts], device=self.pipe._execution_device)
         return PromptCondition(tuple(prompts), together, which)
 
     @torch.no_grad()

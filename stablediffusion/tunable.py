@@ -26,11 +26,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sdeblend.finetune.model import Condition
 from stablediffusion.adapters import AdapterSwitch, check_unfused
 from stablediffusion.components import denoiser_of, lora_components
 from stablediffusion.identity import base_identity
 from stablediffusion.inputs import decode_latents, denoiser_arguments, image_size
-from stablediffusion.lora import ABOUT, save_lora
+from stablediffusion.lora import ABOUT, no_false_alarms, save_lora
 from stablediffusion.prompts import Draw, Encoder, PromptCondition, prompt_source
 from stablediffusion.schedulers import schedule_of, timestep_of
 
@@ -113,18 +114,15 @@ class PipelineTunable:
         self._active: tuple[str, ...] = ()
         if checkpointing:
             self.network.enable_gradient_checkpointing(self._checkpointed)
-        for layer in self._switch.layers:
-            # adding an adapter activates it; outside ``tuned`` the pipeline is to run as it did
-            layer.__dict__["_active_adapter"] = [n for n in layer.active_adapters if n != ADAPTER]
         self.event = denoiser_arguments(
             pipe, self._encode([""]).of_rows(), self.size, self.branches, embedded_guidance
         )[0]
 
-    def tuned(self, x: Tensor, t: Tensor, condition: PromptCondition | None, /) -> Tensor:
+    def tuned(self, x: Tensor, t: Tensor, condition: Condition | None, /) -> Tensor:
         """Return the guided prediction with the adapter, (B, *event), at x (B, *event) and times t (B,) float64."""
         return self._predict(x, t, condition, (ADAPTER,))
 
-    def base(self, x: Tensor, t: Tensor, condition: PromptCondition | None, /) -> Tensor:
+    def base(self, x: Tensor, t: Tensor, condition: Condition | None, /) -> Tensor:
         """Return the guided prediction without it; differentiable in x."""
         return self._predict(x, t, condition, ())
 
@@ -167,9 +165,9 @@ class PipelineTunable:
         """Return a text that tells the denoiser's own weights from any others."""
         return base_identity(self.network)
 
-    def _predict(self, x: Tensor, t: Tensor, condition: PromptCondition | None, adapters: tuple[str, ...]) -> Tensor:
-        if condition is None or len(condition) != len(x):
-            given = "none" if condition is None else str(len(condition))
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition | None, adapters: tuple[str, ...]) -> Tensor:
+        if not isinstance(condition, PromptCondition) or len(condition) != len(x):
+            given = len(condition) if isinstance(condition, PromptCondition) else type(condition).__name__
             raise ValueError(f"a prediction needs one prompt a row, got {given} for {len(x)} rows; draw conditions")
         _, arguments = denoiser_arguments(
             self.pipe, condition.of_rows(), self.size, self.branches, self.embedded_guidance
@@ -218,9 +216,13 @@ def _add_adapter(network: Any, rank: int, alpha: float, layers: Sequence[str], s
             raise ValueError(f"layers name what the network has, got {kind!r}, which {type(network).__name__} lacks")
     targets = [target for kind in layers for target in _TARGETS[kind]]
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-    with torch.random.fork_rng(devices=[]):
+    active = {layer: list(layer.active_adapters) for layer in AdapterSwitch([network], ()).layers}
+    with torch.random.fork_rng(devices=[]), no_false_alarms():
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=ADAPTER)
+    for layer in AdapterSwitch([network], ()).layers:
+        # adding an adapter activates it alone; outside ``tuned`` the pipeline is to run as it did
+        layer.__dict__["_active_adapter"] = active.get(layer, [])
     found: dict[str, nn.Parameter] = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
