@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from sdeblend.finetune.chain import Chain, draw_noise
 from sdeblend.finetune.model import Condition, Tunable, flat_parameters, take
 from sdeblend.finetune.reward import WeightedReward
-from sdeblend.grid import time_grid
+from sdeblend.grid import Spacing, time_grid
 
 Metrics = dict[str, float]
 
@@ -42,6 +42,8 @@ class Settings:
         groups: conditions (prompts) an iteration.
         group_size: samples a condition.
         steps: steps of the sampling chain.
+        spacing: of its times, see ``sdeblend.grid``; uniform steps in t are coarse where modes are sharp, and what
+            a trainer learns from its own samples inherits that.
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         clip_norm: largest norm of a gradient; infinity for none.
@@ -53,10 +55,14 @@ class Settings:
         ValueError: for a value outside its range.
     """
 
+    # A trainer that compares the samples of a group needs two; one with a value function does with one.
+    least_group: ClassVar[int] = 2
+
     kl_weight: float = 1.0
     groups: int = 1
     group_size: int = 256
     steps: int = 50
+    spacing: Spacing = "log-snr"
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     clip_norm: float = 1.0
@@ -65,13 +71,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("groups", 1), ("group_size", 2), ("steps", 2), ("micro_batch", 1)):
+        for name, low in (("groups", 1), ("group_size", self.least_group), ("steps", 2), ("micro_batch", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("kl_weight", "learning_rate", "clip_norm"):
             value = getattr(self, name)
             if not value > 0 or (name != "clip_norm" and not math.isfinite(value)):
                 raise ValueError(f"{name} must be above 0, got {value}; {_HINTS[name]}")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing must be one of {', '.join(get_args(Spacing))}, got {self.spacing!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie within [0, 1), got {self.ema_decay}; 0 is no average")
         if not self.weight_decay >= 0:
@@ -162,7 +170,7 @@ class Trainer(ABC):
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.average = [p.detach().clone() for p in self.parameters] if settings.ema_decay else None
-        self.chain = Chain.of(model, time_grid(model.schedule, settings.steps))
+        self.chain = Chain.of(model, time_grid(model.schedule, settings.steps, settings.spacing))
         self.iteration = 0
         # Reward evaluations so far, of all processes: what users pay for.
         self.reward_calls = 0
@@ -219,7 +227,8 @@ class Trainer(ABC):
         total = rows * self.workers.count if total is None else total
         self.optimizer.zero_grad(set_to_none=False)
         summed = torch.zeros((), dtype=torch.float64)
-        for index in torch.arange(rows).split(self.settings.micro_batch):
+        # A process may have none of a drawn subset of the rows; its gradient is then 0.
+        for index in torch.arange(rows).split(self.settings.micro_batch) if rows else ():
             loss = loss_of(index).sum() / total
             loss.backward()
             summed += loss.detach().double().cpu()
