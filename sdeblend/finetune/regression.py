@@ -1,0 +1,230 @@
+"""Regression on one's own samples: no gradient of the reward, no back-propagation through the chain.
+
+Let p be the law of the tuned model, p_base the base's, L = log p / p_base, and A = r / kl_weight - L. For every p and
+0 < eta <= 1 the tilt p exp(eta A) / Z is nearer to the optimum; eta = 1 is the optimum p_base exp(r / kl_weight) / Z
+itself. Its score is a mean over samples x_0 of p, and so a regression: minimise
+
+    E[ w (x_0) |eps - eps_theta(alpha x_0 + sigma eps, t)|^2 ],        w = exp(eta A) / E[exp(eta A)] - w_min.
+
+So one draws samples, scores them, noises each at several log-SNRs and regresses. eta is the largest step that keeps the
+weights even. Subtracting the smallest weight w_min of the group takes off what would teach the model its own samples
+unchanged: at the optimum A is constant, nothing is left to learn, and the loss and its noise vanish. More may not be
+subtracted: where the weights of the samples behind some x_t are negative on average, the network is driven away from
+their mean, and training runs off. E[A] falls short of log E[exp A] by KL(p || optimum), which is logged as "gap".
+
+L is the log ratio of the two chains along the sampled path, which costs one evaluation of the base a step. For two
+reversals of one forward process it is the same along every path that ends in x_0. Cheaper and noisier is
+
+    L(x_0) = 1/2 int E|eps - eps_base|^2 - E|eps - eps_theta|^2 dl         over all log-SNRs l, from noised copies.
+
+Copies come in pairs of opposite noise: at high log-SNR, where networks are smooth on the scale of the noise, what the
+noise alone would teach cancels.
+
+Without L, and around the base, S_base + Cov(r / kl_weight, grad log q(x_t | x_0) | x_t) has another fixed point: the
+tilt's control only to first order in 1 / kl_weight.
+
+Source: Peters and Schaal 2007 and Peng et al. 1910.00177 (reward-weighted regression); beside reinforce adjoint
+matching 2605.10759 and iterative tilting 2512.03234; Kingma et al. 2107.00630 for L from copies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sdeblend.finetune.chain import Chain
+from sdeblend.finetune.model import Condition, Tunable, converted, noised, take
+from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
+
+LogRatio = Literal["path", "copies"]
+
+
+@dataclass(frozen=True)
+class RegressionSettings(Settings):
+    """What the regression trainer needs besides.
+
+    Attributes:
+        copies: noised copies of each sample a gradient step; an even number, they come in pairs.
+        epochs: gradient steps an iteration, each on fresh copies.
+        effective: least effective share of the samples after one tilt; larger is slower and steadier.
+        low, high: log-SNRs between which copies are spread evenly.
+        log_ratio: how L is found: "path" or "copies".
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    copies: int = 8
+    epochs: int = 2
+    effective: float = 0.5
+    low: float = -6.0
+    high: float = 6.0
+    log_ratio: LogRatio = "path"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.copies < 2 or self.copies % 2:
+            raise ValueError(f"copies must be an even number of at least 2, got {self.copies}; they come in pairs")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.effective < 1:
+            raise ValueError(f"effective must lie within (0, 1), got {self.effective}; 0.5 is usual")
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}; they are log-SNRs")
+        if self.log_ratio not in get_args(LogRatio):
+            raise ValueError(f"log_ratio must be one of {', '.join(get_args(LogRatio))}, got {self.log_ratio!r}")
+
+
+class RewardRegression(Trainer):
+    """The regression trainer; arguments as ``Trainer``, with ``RegressionSettings``."""
+
+    name: ClassVar[str] = "regression"
+    settings: RegressionSettings
+
+    def __init__(
+        self, model: Tunable, reward: WeightedReward, settings: RegressionSettings, workers: Workers | None = None
+    ) -> None:
+        super().__init__(model, reward, settings, workers)
+        ends = model.schedule.log_snr(self.chain.grid[[0, -2]]).tolist()
+        self.range = max(settings.low, ends[0]), min(settings.high, ends[1])
+        if not self.range[0] < self.range[1]:
+            raise ValueError(
+                f"low and high must overlap the schedule's log-SNRs, {ends[0]:.3g} to {ends[1]:.3g}, got "
+                f"{settings.low:g} and {settings.high:g}"
+            )
+
+    def iterate(self) -> Metrics:
+        settings, batch = self.settings, self.draw()
+        with torch.no_grad(), self.workers.autocast():
+            samples, log_ratio = sample_with_log_ratio(self.model, self.chain, batch.noise, batch.condition)
+            rewards = self.score(samples, batch.condition)
+        if settings.log_ratio == "copies":
+            with torch.no_grad():
+                log_ratio = self.log_ratio_of_copies(samples, batch)
+        tilt = rewards / settings.kl_weight - log_ratio
+        everyone = self.workers.gather(tilt).double().reshape(settings.groups, settings.group_size)
+        eta = step_size(everyone, settings.effective)
+        weights = excess_weights(eta * everyone).flatten()[batch.rows].to(samples)
+        losses = [self.fit(samples, weights, batch) for _ in range(settings.epochs)]
+        self.iteration += 1
+        gap = everyone.logsumexp(1) - math.log(settings.group_size) - everyone.mean(1)
+        return {
+            "reward": self.mean(rewards),
+            "kl": self.mean(log_ratio),
+            "loss": sum(losses) / len(losses),
+            "gap": float(gap.mean()),
+            "step": eta,
+        }
+
+    def copies(self, samples: Tensor, rows: slice, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise each sample at ``count / 2`` log-SNRs, one in each of as many equal parts of the range, both ways.
+
+        Returns:
+            states (count * B, *event), their times (count * B,) float64 and their noise, copy by copy: row i belongs to
+            sample i mod B.
+        """
+        total, schedule = self.settings.total, self.model.schedule
+        pairs = count // 2
+        spread = torch.rand((pairs, total), generator=self.generator, dtype=torch.float64)
+        place = (torch.arange(pairs)[:, None] + spread[:, rows]) / pairs
+        eps = torch.randn((pairs, total, *self.model.event), generator=self.generator)[:, rows]
+        eps = torch.cat([eps, -eps])
+        low, high = self.range
+        t = schedule.time_of_log_snr(low + (high - low) * place).flatten().repeat(2)
+        eps = eps.flatten(0, 1).to(samples)
+        return noised(schedule, samples.repeat(count, *[1] * (samples.ndim - 1)), t, eps), t, eps
+
+    def eps(self, x: Tensor, t: Tensor, condition: Condition | None, *, base: bool = False) -> Tensor:
+        """Return the noise that a network predicts, (B, *event), in the dtype of x."""
+        network = self.model.base if base else self.model.tuned
+        with self.workers.autocast():
+            return converted(self.model, network(x, t, condition).to(x.dtype), x, t, "eps")
+
+    def fit(self, samples: Tensor, weights: Tensor, batch: Batch) -> float:
+        """Take one gradient step of the weighted regression on fresh copies and return the loss."""
+        x, t, eps = self.copies(samples, batch.rows, self.settings.copies)
+        rows = torch.arange(len(samples)).repeat(self.settings.copies)
+
+        def loss_of(index: Tensor) -> Tensor:
+            predicted = self.eps(x[index], t[index], take(batch.condition, rows[index]))
+            return weights[rows[index]] * (eps[index] - predicted).square().flatten(1).mean(1)
+
+        return self.descend(len(x), loss_of, total=self.settings.total * self.settings.copies)
+
+    def log_ratio_of_copies(self, samples: Tensor, batch: Batch) -> Tensor:
+        """Return L of each sample from the denoising errors of its copies, (B,)."""
+        count = self.settings.copies
+        x, t, eps = self.copies(samples, batch.rows, count)
+        rows = torch.arange(len(samples)).repeat(count)
+        parts = []
+        for index in torch.arange(len(x)).split(self.settings.micro_batch):
+            condition = take(batch.condition, rows[index])
+            errors = [
+                (eps[index] - self.eps(x[index], t[index], condition, base=base)).square().flatten(1).sum(1)
+                for base in (True, False)
+            ]
+            parts.append(errors[0] - errors[1])
+        return (self.range[1] - self.range[0]) / 2 * torch.cat(parts).reshape(count, -1).mean(0)
+
+
+def step_size(tilt: Tensor, effective: float) -> float:
+    """Return the largest eta within [0, 1] whose weights exp(eta A) keep their effective size.
+
+    Args:
+        tilt: A, float64 (groups, size).
+        effective: least mean over the groups of (sum w)^2 / (size sum w^2).
+    """
+
+    def share(eta: float) -> float:
+        weights = (eta * tilt).softmax(1)
+        return float((1 / weights.square().sum(1)).mean()) / tilt.shape[1]
+
+    if share(1.0) >= effective:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) >= effective else (low, middle)
+    return low
+
+
+def excess_weights(tilt: Tensor) -> Tensor:
+    """Return exp(A) over its mean within the group, less the group's smallest, (groups, size)."""
+    weights = tilt.softmax(1) * tilt.shape[1]
+    return weights - weights.min(1, keepdim=True).values
+
+
+def sample_with_log_ratio(
+    model: Tunable, chain: Chain, noise: Tensor, condition: Condition | None
+) -> tuple[Tensor, Tensor]:
+    """Run the tuned chain, and the base beside it on the same states.
+
+    Args:
+        model: base and tuned network.
+        chain: the steps.
+        noise: from ``draw_noise``, (n, B, *event).
+        condition: of the B samples.
+
+    Returns:
+        the samples (B, *event), and log p(path) / p_base(path), nats (B,): with D the difference of the means of a
+        step of standard deviation G and noise z, the sum of D.z / G + |D|^2 / (2 G^2).
+    """
+    x = noise[0] * model.schedule.prior_std()
+    log_ratio = x.new_zeros(len(x))
+    for k in range(len(chain)):
+        index = torch.full((len(x),), k, dtype=torch.long)
+        times = chain.times(index)
+        tuned = model.tuned(x, times, condition).to(x.dtype)
+        if k < chain.noisy:
+            base = model.base(x, times, condition).to(x.dtype)
+            shift = float(chain.q[k] / chain.g[k]) * (tuned - base).flatten(1)
+            log_ratio += (shift * noise[k + 1].flatten(1)).sum(1) + shift.square().sum(1) / 2
+        x = chain.mean(x, tuned, index)
+        if k < chain.noisy:
+            x = x + float(chain.g[k]) * noise[k + 1]
+    return x, log_ratio
