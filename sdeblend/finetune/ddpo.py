@@ -13,7 +13,6 @@ Source: Black et al. 2305.13301; Schulman et al. 1707.06347; Kool et al. 2019 (l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.policy import KL, Paths, StepWeights, clipped, follow
+from sdeblend.finetune.policy import KL, Loss, Paths, StepWeights, clipped, follow
 from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
-
-Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ Kingma et al. 2107.00630 (KL in log-SNR).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,7 @@ from sdeblend.finetune.trainer import Trainer
 from sdeblend.score import conversion
 
 KL = Literal["process", "chain"]
+Loss = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
