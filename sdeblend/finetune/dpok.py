@@ -12,8 +12,8 @@ gradient outside and without PPO's minimum, and the KL is replaced by the mean s
 
     -reward_weight (r - V) clamp(rho^(1/D), 1 +- clip) + kl_weight |eps - eps_base|^2 / D.
 
-Its KL weight in the theory's sense then depends on the step (``DPOK.kl_weights``), so that members tuned by it have none
-to state.
+Its KL weight in the theory's sense then depends on the step (``DPOK.kl_weights``), so that members tuned by it have
+none to state.
 
 Source: Fan et al. 2305.16381 and its code; Schulman et al. 1707.06347.
 """
