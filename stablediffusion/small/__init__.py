@@ -1,0 +1,34 @@
+"""A text-to-image model of Stable Diffusion's classes that fits into the package: scenes of coloured shapes.
+
+    pipe = load_small()
+    image = pipe("a large red circle on a blue striped background", guidance_scale=3.0).images[0]
+
+Its data are drawn (``scenes``, ``drawing``), so what it does can be measured exactly (``scorer``, ``evaluate``), and
+``python -m stablediffusion.small.train`` makes it again. MODEL_CARD.md tells what it can and cannot do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from stablediffusion.bundled import MODEL
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+__all__ = ["MODEL", "load_small"]
+
+
+def load_small(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """Load the bundled pipeline, without network; its progress bar is off.
+
+    Args:
+        dtype: of the networks; the files hold half precision.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODEL, dtype=dtype, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

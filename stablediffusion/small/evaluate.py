@@ -1,0 +1,161 @@
+"""Measure how well the model draws captions it was never trained on.
+
+    python -m stablediffusion.small.evaluate [--model DIR] [--images 1024] [--out FOLDER]
+
+Every caption names a held-out combination of object colour, shape and background colour. A scorer trained on
+drawings alone reads each picture; a factor's accuracy is the share of the captions mentioning it whose picture the
+scorer gives that option the highest probability, with standard error sqrt(p (1 - p) / n). The same is measured on
+drawings, on their reconstructions by the autoencoder (the ceilings), and on the generated pictures under each other's
+captions (the control, which must fail).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from sdeblend.io import write_atomically
+from stablediffusion.bundled import GUIDANCE, MODEL, SMALL
+from stablediffusion.small.drawing import draw
+from stablediffusion.small.factors import ABSENT, FACTORS, indices
+from stablediffusion.small.pipeline import generate
+from stablediffusion.small.scenes import Scene, caption, mention, sample_scenes
+from stablediffusion.small.scorer import Scorer, load_scorer
+
+Accuracies = dict[str, dict[str, float]]
+
+
+def held_out_captions(n: int, seed: int) -> tuple[list[Scene], list[Scene]]:
+    """Draw held-out scenes, and what their captions mention: always the combination, the rest at random.
+
+    Args:
+        n: how many.
+        seed: of the draw.
+
+    Returns:
+        complete scenes, and mentioned ones for ``caption``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(n, generator, evaluation=True)
+    return scenes, mention(scenes, generator, combination=True)
+
+
+def accuracies(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Accuracies:
+    """Return the accuracy of each factor where it is mentioned, and of all at once.
+
+    Args:
+        images: in -1..1, [n, 3, 32, 32].
+        mentioned: of each image.
+        scorer: in place of the bundled one.
+
+    Returns:
+        by factor and for "all": "accuracy", "error" (standard error), "n".
+    """
+    with torch.no_grad():
+        logs = (scorer or load_scorer())(images)
+    classes = indices(mentioned)
+    right = torch.stack([log.argmax(1) for log in logs], 1) == classes
+    said = classes != ABSENT
+    out = {name: _share(right[said[:, i], i]) for i, name in enumerate(FACTORS)}
+    return out | {"all": _share((right | ~said).all(1))}
+
+
+def _share(right: Tensor) -> dict[str, float]:
+    n = len(right)
+    p = float(right.float().mean()) if n else math.nan
+    return {"accuracy": round(p, 4), "error": round(math.sqrt(p * (1 - p) / max(n, 1)), 4), "n": n}
+
+
+def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps: int = 50) -> tuple[dict, Tensor]:
+    """Measure everything.
+
+    Args:
+        pipe: the model.
+        n: number of held-out captions.
+        seed: of captions, drawings and noise.
+        steps: of DDIM.
+
+    Returns:
+        the results (for JSON), with scenes of one object apart from those of two, and the generated images.
+    """
+    scenes, mentioned = held_out_captions(n, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    start = time.perf_counter()
+    captions = [caption(scene) for scene in mentioned]
+    images = generate(pipe, captions, generator, steps=steps, guidance=GUIDANCE)
+    seconds = time.perf_counter() - start
+    drawings = draw(scenes, generator)
+    with torch.no_grad():
+        decoded = torch.cat([
+            pipe.vae.decode(pipe.vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1) for part in drawings.split(64)
+        ])
+    result: dict = {"captions": n, "steps": steps, "guidance": GUIDANCE, "seed": seed, "seconds": round(seconds, 1)}
+    noise = (decoded - drawings).square().mean((1, 2, 3))
+    result["reconstruction_psnr"] = round(float((10 * torch.log10(4 / noise)).mean()), 2)
+    for name, count in (("one object", 1), ("two objects", 2)):
+        rows = [i for i, scene in enumerate(scenes) if len(scene.things) == count]
+        chosen = [mentioned[i] for i in rows]
+        result[name] = {
+            "generated": accuracies(images[rows], chosen),
+            "drawings": accuracies(drawings[rows], chosen),
+            "reconstructions": accuracies(decoded[rows], chosen),
+            "shuffled": accuracies(images[rows].roll(1, 0), chosen),
+        }
+    return result, images
+
+
+def sheet(images: Tensor, columns: int = 16, zoom: int = 3) -> Image.Image:
+    """Return images as one picture.
+
+    Args:
+        images: in -1..1, [n, 3, h, w]; what does not fill a row is left out.
+        columns: images a row.
+        zoom: pixels a pixel.
+    """
+    rows = max(len(images) // columns, 1)
+    pixels = ((images[: rows * columns].clamp(-1, 1) + 1) * 127.5).round().byte()
+    n, c, h, w = pixels.shape
+    grid = pixels.reshape(rows, n // rows, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, -1, c)
+    return Image.fromarray(grid.numpy()).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST)
+
+
+def table(part: dict[str, Accuracies]) -> str:
+    """Return the accuracies as a Markdown table."""
+    lines = ["| factor | " + " | ".join(part) + " |", "|---" * (1 + len(part)) + "|"]
+    for factor in next(iter(part.values())):
+        cells = [part[k][factor] for k in part]
+        if cells[0]["n"]:
+            shown = [f"{100 * c['accuracy']:.1f} ± {100 * c['error']:.1f}" for c in cells]
+            lines.append(f"| {factor} (n = {cells[0]['n']}) | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a model; write evaluation.json and sheet.png."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=SMALL, help="folder of evaluation.json and sheet.png")
+    arguments = parser.parse_args(argv)
+    pipe = StableDiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    result, images = evaluate(pipe, arguments.images, steps=arguments.steps)
+    write_atomically(arguments.out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    sheet(images[:128]).save(arguments.out / "sheet.png")
+    for name in ("one object", "two objects"):
+        print(f"{name}\n{table(result[name])}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

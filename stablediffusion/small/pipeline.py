@@ -1,0 +1,85 @@
+"""Put the trained parts together as a ``StableDiffusionPipeline``, and write it to a folder."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from stablediffusion.small.networks import scheduler
+from stablediffusion.small.tokenizer import tokenizer
+
+
+def assemble(vae: AutoencoderKL, text: CLIPTextModel, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """Return the pipeline of these networks (no copies), progress bar off."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer(),
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in half precision; a folder that is there is replaced once the new one is whole.
+
+    Args:
+        pipe: in float32; left as it is.
+        folder: to write.
+    """
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            parts[name] = copy.deepcopy(part).half()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as scratch:
+        whole = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                        requires_safety_checker=False)  # fmt: skip
+        whole.save_pretrained(Path(scratch) / "model", safe_serialization=True)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        shutil.move(Path(scratch) / "model", folder)
+
+
+@torch.no_grad()
+def generate(
+    pipe: StableDiffusionPipeline,
+    captions: Sequence[str],
+    generator: torch.Generator,
+    *,
+    steps: int = 50,
+    guidance: float = 3.0,
+    batch: int = 64,
+) -> Tensor:
+    """Generate one image for each caption with DDIM, eta 0.
+
+    Args:
+        pipe: the pipeline.
+        captions: n prompts.
+        generator: of the initial noise.
+        steps: of DDIM.
+        guidance: scale of classifier-free guidance.
+        batch: captions at once.
+
+    Returns:
+        images in -1..1, [n, 3, 32, 32].
+    """
+    images = [
+        pipe(list(captions[i : i + batch]), num_inference_steps=steps, guidance_scale=guidance, generator=generator,
+             output_type="pt").images
+        for i in range(0, len(captions), batch)
+    ]  # fmt: skip
+    return 2 * torch.cat(images) - 1

@@ -1,0 +1,89 @@
+"""Train the denoiser, and the text encoder with it, on drawings made on the fly.
+
+For latents x0 of unit scale, x = a x0 + s eps and the loss is the mean of |v - v(x, t, caption)|^2 with
+v = a eps - s x0 and t uniform; a tenth of the captions is empty, for classifier-free guidance.
+
+Source: Salimans & Ho 2022 (v-prediction); Ho & Salimans 2022 (classifier-free guidance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from stablediffusion.small.drawing import draw
+from stablediffusion.small.loop import Budget, Loop, Rate, seeded
+from stablediffusion.small.networks import scheduler, unet
+from stablediffusion.small.scenes import caption, mention, sample_scenes
+from stablediffusion.small.tokenizer import tokenizer
+from stablediffusion.small.train_text import tokens
+
+BATCH = 32
+LEARNING_RATES = {"unet": 2e-3, "text": 3e-4}
+EMPTY = 0.1
+
+
+def unet_loss(
+    denoiser: UNet2DConditionModel,
+    text: CLIPTextModel,
+    vae: AutoencoderKL,
+    words: CLIPTokenizer,
+    table: Tensor,
+    generator: torch.Generator,
+    batch: int = BATCH,
+) -> Tensor:
+    """Return the loss on freshly drawn training scenes.
+
+    Args:
+        denoiser, text, vae, words: the model's parts.
+        table: a^2 at each time, [time].
+        generator: source of scenes, captions, times and noise.
+        batch: number of scenes.
+    """
+    scenes = sample_scenes(batch, generator)
+    with torch.no_grad():
+        latents = vae.encode(draw(scenes, generator)).latent_dist.mode() * vae.config.scaling_factor
+    empty = torch.rand(batch, generator=generator) < EMPTY
+    mentioned = mention(scenes, generator)
+    captions = ["" if drop else caption(scene) for drop, scene in zip(empty.tolist(), mentioned, strict=True)]
+    t = torch.randint(len(table), (batch,), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    a, s = (x.sqrt()[:, None, None, None] for x in (table[t], 1 - table[t]))
+    prediction = denoiser(a * latents + s * noise, t, text(tokens(words, captions))[0]).sample
+    return (prediction - (a * noise - s * latents)).square().mean()
+
+
+def train_unet(
+    folder: Path,
+    budget: Budget,
+    vae: AutoencoderKL,
+    text: CLIPTextModel,
+    batch: int = BATCH,
+    check: Callable[[UNet2DConditionModel, CLIPTextModel], dict[str, float]] | None = None,
+) -> tuple[UNet2DConditionModel, CLIPTextModel, list[dict[str, float]]]:
+    """Train, or go on training, the denoiser and the text encoder.
+
+    Args:
+        folder: of the run; the state is kept in ``unet.safetensors``.
+        budget: of the stage.
+        vae: trained autoencoder.
+        text: pre-trained text encoder.
+        batch: drawings a step.
+        check: measured on the averaged networks now and then.
+
+    Returns:
+        denoiser and text encoder with averaged weights, and the stage's log.
+    """
+    words, table = tokenizer(), scheduler().alphas_cumprod
+    with seeded(3):
+        denoiser = unet()
+    loop = Loop(folder / "unet.safetensors", {"unet": denoiser, "text": text}, Rate(LEARNING_RATES), seed=3)
+    measure = None if check is None else lambda: check(denoiser, text)
+    loop.run(lambda g: unet_loss(denoiser, text, vae, words, table, g, batch), budget, measure)
+    loop.use_averages()
+    return denoiser, text, loop.log
