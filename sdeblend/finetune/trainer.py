@@ -98,6 +98,40 @@ _HINTS = {
 }
 
 
+class LossScale:
+    """A factor on the loss that keeps gradients in half precision from vanishing, found while training.
+
+    It doubles after ``patience`` steps in a row whose gradients were finite, and halves after one whose were not;
+    that one is left out.
+
+    Attributes:
+        factor: now.
+        steps: finite steps since it last changed.
+
+    Source: Micikevicius et al. 1710.03740.
+    """
+
+    patience: ClassVar[int] = 2000
+
+    def __init__(self) -> None:
+        self.factor, self.steps = 2.0**16, 0
+
+    def accept(self, finite: bool) -> bool:
+        """Take note of a step's gradients; return whether to leave the step out.
+
+        Nothing is left out at a factor of 1 or less: then the gradients themselves are not finite.
+        """
+        if finite:
+            self.steps += 1
+            if self.steps == self.patience:
+                self.factor, self.steps = 2 * self.factor, 0
+            return False
+        if self.factor <= 1:
+            return False
+        self.factor, self.steps = self.factor / 2, 0
+        return True
+
+
 class Workers:
     """The processes that share a batch: here one. ``sdeblend.finetune.distributed`` has several.
 
@@ -108,6 +142,16 @@ class Workers:
 
     index = 0
     count = 1
+    # None, or what keeps small gradients in half precision.
+    scaler: LossScale | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
 
     def rows(self, total: int) -> slice:
         """Return the rows of this process in a batch of ``total``.
@@ -158,6 +202,8 @@ class Trainer(ABC):
     """
 
     name: ClassVar[str]
+    # Whether kl_weight is the alpha of the optimum.
+    calibrated: bool = True
 
     def __init__(
         self, model: Tunable, reward: WeightedReward, settings: Settings, workers: Workers | None = None
@@ -227,18 +273,28 @@ class Trainer(ABC):
         total = rows * self.workers.count if total is None else total
         self.optimizer.zero_grad(set_to_none=False)
         summed = torch.zeros((), dtype=torch.float64)
+        scaler = self.workers.scaler
+        scale = 1.0 if scaler is None else scaler.factor
         # A process may have none of a drawn subset of the rows; its gradient is then 0.
         for index in torch.arange(rows).split(self.settings.micro_batch) if rows else ():
             loss = loss_of(index).sum() / total
-            loss.backward()
+            (loss * scale).backward()
             summed += loss.detach().double().cpu()
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.workers.add([*gradients, summed])
+        if scale != 1:
+            for gradient in gradients:
+                gradient /= scale
         norm = torch.nn.utils.get_total_norm(gradients)
+        if scaler is not None and math.isfinite(float(summed)) and scaler.accept(math.isfinite(float(norm))):
+            return float(summed)
         if not (math.isfinite(float(summed)) and math.isfinite(float(norm))):
             raise FloatingPointError(
                 f"training must stay finite, got a loss of {float(summed):g} and a gradient of {float(norm):g} in "
-                f"iteration {self.iteration}; lower learning_rate or raise kl_weight"
+                f"iteration {self.iteration + 1}; lower learning_rate or raise kl_weight"
             )
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self.optimizer.step()
