@@ -108,18 +108,13 @@ class DPOK(Trainer):
         self, model: Tunable, reward: WeightedReward, settings: DPOKSettings, workers: Workers | None = None
     ) -> None:
         super().__init__(model, reward, settings, workers)
-        self.exact = settings.mode == "exact"
+        self.exact = self.calibrated = settings.mode == "exact"
         self.weights = StepWeights.of(model, self.chain, settings.kl if self.exact else "chain")
         # |eps - eps_base|^2 over the square of the prediction's difference.
         self.eps = conversion(model.schedule, self.chain.grid[:-1], model.prediction, "eps")[1].square()
         self.dimension = torch.Size(model.event).numel()
         self.value = Value(self.dimension, settings.value_rate, settings.seed, model.device)
         self.replay = Replay(settings.buffer, len(self.weights))
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether ``kl_weight`` is the alpha of the optimum."""
-        return self.exact
 
     def kl_weights(self) -> Tensor:
         """Return the KL weight that the published loss amounts to at each noisy step, float64 (n - 1,).

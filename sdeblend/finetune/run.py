@@ -1,0 +1,243 @@
+"""The loop around a trainer: progress, logs, checkpoints, resumption, and the member at the end.
+
+A folder holds one run:
+
+    checkpoint.safetensors   the run so far, whole; ``resume=True`` goes on from there
+    member.safetensors       the trainable part at the same iteration, with what it was tuned for as metadata
+    metrics.jsonl            one line an iteration, each once however often the run was interrupted
+    logs/                    the same for TensorBoard
+
+Metadata of a member, all strings: ``sdeblend.reward`` (weights by name, JSON), ``sdeblend.kl_weight`` (absent where
+the trainer's is not the alpha of the optimum), ``sdeblend.base`` (``Tunable.identity``), ``sdeblend.trainer``,
+``sdeblend.settings`` (JSON), ``sdeblend.iterations``, ``sdeblend.version``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdeblend.finetune import checkpoint
+from sdeblend.finetune.config import Plan, build, trainer_of
+from sdeblend.finetune.distributed import Distributed, in_precision
+from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.trainer import Metrics, Trainer
+from sdeblend.io import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKPOINT, MEMBER, METRICS, LOGS = "checkpoint.safetensors", "member.safetensors", "metrics.jsonl", "logs"
+Log = Callable[[Metrics, int], None]
+
+
+def run(plan: Plan, *, resume: bool = False) -> Path:
+    """Do what a settings file asks for, in as many processes as ``accelerate launch`` started.
+
+    Args:
+        plan: from ``sdeblend.finetune.config.load_plan``.
+        resume: go on from the folder's checkpoint; without one, from the start.
+
+    Returns:
+        the member's file.
+
+    Raises:
+        ValueError: for what cannot be used, or a folder that has a run already.
+        OSError: for a file that cannot be read or written; the last checkpoint is kept.
+        FloatingPointError: for a loss that is not finite; the last checkpoint and its member are kept.
+    """
+    from accelerate import Accelerator
+
+    check_folder(plan.folder, resume=resume)
+    accelerator = Accelerator(log_with="tensorboard", project_dir=plan.folder)
+    workers = Distributed(accelerator, plan.precision)
+    model, rewards = build(plan, accelerator.device)
+    kind, _ = trainer_of(plan.trainer)
+    reward = WeightedReward(rewards, plan.rewards)
+    trainer = kind(in_precision(model, plan.precision), reward, plan.settings, workers)
+    return train(
+        trainer, plan.folder, iterations=plan.iterations, checkpoint_every=plan.checkpoint_every,
+        configuration=plan.fixed() | {"base": model.identity()}, resume=resume, accelerator=accelerator,
+    )
+
+
+def train(
+    trainer: Trainer,
+    folder: Path,
+    *,
+    iterations: int,
+    checkpoint_every: int = 10,
+    configuration: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Path:
+    """Run a trainer to an iteration, so that a kill at any moment and ``resume`` end in the same member.
+
+    Args:
+        trainer: not yet used.
+        folder: of the run.
+        iterations: rounds in all, those before an interruption included.
+        checkpoint_every: rounds between checkpoints; the last round has one.
+        configuration: what a resumed run must agree in, as JSON has it; by default trainer, settings, rewards, base.
+        resume: go on from the folder's checkpoint; without one, from the start.
+        accelerator: writes the logs for TensorBoard; None writes none.
+
+    Returns:
+        the member's file.
+
+    Raises:
+        ValueError: for a folder that has a run already, or one of another configuration.
+        OSError: for a file that cannot be written; the last checkpoint is kept.
+        FloatingPointError: for what is not finite; the last checkpoint and its member are kept.
+    """
+    check_folder(folder, resume=resume)
+    configuration = default_configuration(trainer) if configuration is None else configuration
+    if (folder / CHECKPOINT).exists():
+        checkpoint.read(folder / CHECKPOINT, trainer, configuration)
+        if trainer.iteration > iterations:
+            raise ValueError(f"{folder} has a run of {trainer.iteration} iterations, more than the {iterations} wanted")
+    if trainer.workers.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        forget(folder / METRICS, trainer.iteration)
+    kept = trainer.iteration
+    if kept:
+        # It may have been killed between the two files.
+        save_member(trainer, folder)
+    try:
+        with tensorboard(accelerator, trainer.iteration) as log:
+            for metrics in _rounds(trainer, iterations):
+                if trainer.workers.main:
+                    with (folder / METRICS).open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps({"iteration": trainer.iteration, **metrics}, allow_nan=False) + "\n")
+                log(metrics, trainer.iteration)
+                if trainer.iteration % checkpoint_every == 0 or trainer.iteration == iterations:
+                    checkpoint.write(folder / CHECKPOINT, trainer, configuration)
+                    save_member(trainer, folder)
+                    kept = trainer.iteration
+    except FloatingPointError as error:
+        good = f"the member of iteration {kept} is kept in {folder / MEMBER}" if kept else "no member was kept yet"
+        raise FloatingPointError(f"{error}; {good}") from error
+    return folder / MEMBER
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder that is none, or whose run would be overwritten.
+
+    Raises:
+        ValueError: if there is a checkpoint and ``resume`` is False.
+        NotADirectoryError: if there is a file of this name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(20, "is a file, and must be a folder", str(folder))
+    if not resume and (folder / CHECKPOINT).exists():
+        raise ValueError(f"{folder} has a run already; resume it (--resume), or name another folder")
+
+
+def default_configuration(trainer: Trainer) -> dict[str, Any]:
+    """Return trainer, settings, rewards and base by name, as JSON has them."""
+    settings = {f"trainer.{k}": "inf" if v == math.inf else v for k, v in dataclasses.asdict(trainer.settings).items()}
+    rewards = {f"rewards.{name}": weight for name, weight in trainer.reward.weights.items()}
+    return settings | rewards | {"trainer.name": trainer.name, "base": trainer.model.identity()}
+
+
+def forget(path: Path, iteration: int) -> None:
+    """Drop from a file of metrics what a resumed run will do again, and a line that was cut off."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["iteration"] <= iteration:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def save_member(trainer: Trainer, folder: Path) -> None:
+    """Write the member as it is now, averaged if there is an average; every process must call it."""
+    if trainer.workers.main:
+        with averaged(trainer):
+            trainer.model.save(folder / MEMBER, metadata(trainer))
+    trainer.workers.wait()
+
+
+def metadata(trainer: Trainer) -> dict[str, str]:
+    """Return what a member's file says about it; see the module's docstring."""
+    about = {
+        "reward": json.dumps(trainer.reward.weights),
+        "base": trainer.model.identity(),
+        "trainer": trainer.name,
+        "settings": json.dumps(
+            {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(trainer.settings).items()}
+        ),
+        "iterations": str(trainer.iteration),
+        "version": version("sdeblend"),
+    }
+    if trainer.calibrated:
+        about["kl_weight"] = repr(trainer.settings.kl_weight)
+    return {f"sdeblend.{name}": value for name, value in about.items()}
+
+
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """Give the model the averaged parameters for a while, if there is an average."""
+    if trainer.average is None:
+        yield
+        return
+    own = [p.detach().clone() for p in trainer.parameters]
+    try:
+        with torch.no_grad():
+            for parameter, mean in zip(trainer.parameters, trainer.average, strict=True):
+                parameter.copy_(mean)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trainer.parameters, own, strict=True):
+                parameter.copy_(value)
+
+
+def _rounds(trainer: Trainer, iterations: int) -> Iterator[Metrics]:
+    """Do the rounds that are left with a bar on stderr; give each one's metrics, all finite."""
+    from tqdm import tqdm
+
+    # None shows the bar on a terminal only.
+    disable = None if trainer.workers.main else True
+    with tqdm(total=iterations, initial=trainer.iteration, file=sys.stderr, unit="it", disable=disable) as bar:
+        while trainer.iteration < iterations:
+            begin = time.perf_counter()
+            metrics = trainer.iterate()
+            bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+            if bad is not None:
+                raise FloatingPointError(
+                    f"training must stay finite, got {bad} = {metrics[bad]} in iteration {trainer.iteration}; lower "
+                    "learning_rate or raise kl_weight"
+                )
+            shown = {name: f"{metrics[name]:.4g}" for name in ("reward", "kl", "clipped") if name in metrics}
+            bar.set_postfix(shown, refresh=False)
+            bar.update()
+            # Seconds are not among what a trainer may depend on, so they are added here.
+            yield metrics | {"reward_calls": trainer.reward_calls, "seconds": time.perf_counter() - begin}
+
+
+@contextmanager
+def tensorboard(accelerator: Accelerator | None, done: int) -> Iterator[Log]:
+    """Give what logs to TensorBoard through accelerate; what an interrupted run logged beyond ``done`` is purged."""
+    if accelerator is None:
+        yield lambda metrics, step: None
+        return
+    accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": done + 1}})
+    try:
+        yield lambda metrics, step: accelerator.log(metrics, step=step)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
