@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -49,6 +50,10 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
         whole = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
                                         requires_safety_checker=False)  # fmt: skip
         whole.save_pretrained(Path(scratch) / "model", safe_serialization=True)
+        # unlike diffusers, transformers loads in the precision its file names, and the pipeline would be of two
+        file = Path(scratch) / "model" / "text_encoder" / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         shutil.move(Path(scratch) / "model", folder)

@@ -117,7 +117,7 @@ def parse(text: str) -> Scene:
     if match is None or (match["texture0"] and match["texture1"]):
         raise ValueError(
             "a caption must read like 'a large red circle in the top left on a striped blue background', "
-            f"got {text!r}; use the words {', '.join(WORDS)}"
+            f"got {text[:80]!r}; the grammar is in stablediffusion.small.scenes"
         )
     things = [Thing(match["shape0"], match["colour0"], match["size0"], match["position"])]
     if " and " in match[0]:
