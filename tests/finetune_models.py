@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sdeblend import VPLinear
 from sdeblend.finetune.chain import Chain
 from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.state import safetensors_bytes
+from sdeblend.io import write_atomically
 
 
 class Prompts:
@@ -68,7 +69,7 @@ class Line:
         return x
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
-        save_file({k: v.detach().contiguous() for k, v in self.trainable().items()}, path, metadata=dict(metadata))
+        write_atomically(path, safetensors_bytes(self.trainable(), metadata))
         return path
 
     def identity(self) -> str:

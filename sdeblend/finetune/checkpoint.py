@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from sdeblend.finetune.state import load_optimizer, optimizer_state
+from sdeblend.finetune.state import load_optimizer, optimizer_state, safetensors_bytes
 from sdeblend.finetune.trainer import Trainer
 from sdeblend.io import write_atomically
 
@@ -25,7 +24,7 @@ FORMAT = "sdeblend checkpoint 1"
 
 
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a trainer's whole state as tensors by name, on the CPU, and plain numbers; all processes must call it.
+    """Return a trainer's whole state as tensors by name and plain numbers; all processes must call it.
 
     Raises:
         FloatingPointError: if a parameter is not finite: nothing that is not good is ever kept.
@@ -47,7 +46,7 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "reward_calls": trainer.reward_calls,
         "scale": None if scaler is None else [scaler.factor, scaler.steps],
     }
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, numbers
+    return tensors, numbers
 
 
 def restore(trainer: Trainer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -95,7 +94,7 @@ def write(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> Non
         return
     about = {"format": FORMAT, "numbers": json.dumps(numbers), "configuration": json.dumps(dict(configuration))}
     try:
-        write_atomically(path, save(tensors, about))
+        write_atomically(path, safetensors_bytes(tensors, about))
     except OSError as error:
         kept = "the one before it is kept" if path.exists() else "there is none before it"
         raise OSError(

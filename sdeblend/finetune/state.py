@@ -1,9 +1,28 @@
-"""The state of an optimiser as named tensors, for a file that holds tensors only."""
+"""Tensors in files: an optimiser's state by name, and safetensors whose bytes are a function of what they hold."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import torch
+from safetensors.torch import save
 from torch import Tensor
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file; the same tensors and metadata give the same bytes in every process.
+
+    Args:
+        tensors: by name; copied to the CPU.
+        metadata: strings by name.
+    """
+    content = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, dict(metadata))
+    # The library orders metadata by a hash that differs between processes.
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
