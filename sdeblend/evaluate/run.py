@@ -1,0 +1,191 @@
+"""Running a plan: cell by cell, by one process or by several, each cell stored as soon as it is finished.
+
+Cell i belongs to process (i + i // methods) modulo their number, so that each process has its share of every method.
+A cell depends on nothing but the plan: one process or many, in one go or resumed, the rows are the same.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sdeblend.baselines.drawn import Drawn
+from sdeblend.evaluate.backend import Backend, Case
+from sdeblend.evaluate.config import FORMAT, Cell, Plan
+from sdeblend.evaluate.draws import Draws
+from sdeblend.evaluate.methods import METHODS, NotApplicable
+from sdeblend.evaluate.rows import Folder, Row, number
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Attributes:
+        rank: this one's number.
+        size: how many.
+        device: this one's.
+        wait: returns when all have called it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    wait: Callable[[], None] = lambda: None
+
+    def owns(self, index: int, methods: int) -> bool:
+        """Return whether cell ``index`` is this process's."""
+        return (index + index // methods) % self.size == self.rank
+
+
+def world() -> World:
+    """Return the processes that ``accelerate launch`` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not torch.cuda.is_available():
+        return World()
+    from accelerate import PartialState
+
+    state = PartialState()
+    return World(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+
+
+def manifest(plan: Plan, backend: Backend) -> dict[str, Any]:
+    """Return what pins the results: what decides the samples, and how they are told."""
+    versions = {f"version.{name}": importlib.metadata.version(name) for name in ("sdeblend", "torch")}
+    identity = {f"identity.{key}": value for key, value in backend.identity.items()}
+    return {
+        "format": FORMAT,
+        "title": plan.title,
+        "fixed": {**plan.fixed(), **versions, **identity},
+        "variants": [
+            {**asdict(v), "rewards": list(v.rewards), "values": dict(v.values), "group": v.together}
+            for v in backend.variants
+        ],
+        "prompts": list(backend.prompts),
+        "report": dict(plan.report),
+        "published": [dict(row) for row in plan.published],
+    }
+
+
+def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: World | None = None) -> list[str]:
+    """Compute the cells of a plan that are not there yet.
+
+    Args:
+        plan: what to run.
+        folder: where results go.
+        resume: continue in a folder that has some.
+        processes: this process among others; asked of accelerate if left out.
+
+    Returns:
+        one sentence a cell that failed or was stored damaged and computed again; of this process.
+
+    Raises:
+        ValueError: for a folder of another configuration, or a plan that its backend cannot use.
+    """
+    from tqdm import tqdm
+
+    processes = world() if processes is None else processes
+    backend = plan.backend(processes.device)
+    if processes.rank == 0:
+        folder.open(manifest(plan, backend), resume=resume)
+    processes.wait()
+    notes: list[str] = []
+    mine = [(i, c) for i, c in enumerate(plan.cells(backend)) if processes.owns(i, len(plan.methods))]
+    todo: list[tuple[int, Cell, str]] = []
+    for index, cell in mine:
+        key = plan.key(cell, backend)
+        damage = folder.damage(key) if folder.started(key) else ""
+        if damage:
+            notes.append(f"{damage.split(';')[0]}; computed again")
+        if damage is not None:
+            todo.append((index, cell, key))
+    held: tuple[tuple[str, str], Case] | None = None
+    bar = tqdm(
+        todo, desc=f"{plan.title}, process {processes.rank}" if processes.size > 1 else plan.title, unit="cell",
+        disable=None if processes.rank == 0 else True, file=sys.stderr, initial=len(mine) - len(todo), total=len(mine),
+    )  # fmt: skip
+    for index, cell, key in bar:
+        bar.set_postfix_str(cell.method, refresh=False)
+        if held is None or held[0] != (cell.variant, cell.prompt):
+            held = (cell.variant, cell.prompt), backend.case(cell.variant, cell.prompt)
+        head, rows = compute(plan, cell, held[1], folder, key)
+        if head.get("failed"):
+            notes.append(f"{cell.method} on {cell.variant}: {head['failed']}")
+        folder.write(key, {"index": index, **head}, rows)
+    processes.wait()
+    return notes
+
+
+def compute(plan: Plan, cell: Cell, case: Case, folder: Folder, key: str) -> tuple[dict[str, Any], list[Row]]:
+    """Sample one cell and measure it.
+
+    Returns:
+        what is said of the cell, and its rows; no rows if the method does not apply ("left_out") or its state is no
+        longer finite ("failed").
+    """
+    method, wanted = METHODS[cell.method], cell.wanted
+    draws = Draws(plan.seed, cell.prompt, cell.seeds)
+    start = time.perf_counter()
+    try:
+        drawn = method.sample(case, wanted, draws, plan.options[cell.method])
+    except NotApplicable as reason:
+        return {**cell.spec(), "left_out": str(reason)}, []
+    except FloatingPointError as error:
+        return {**cell.spec(), "failed": str(error)}, []
+    seconds = time.perf_counter() - start
+    if not bool(drawn.samples.isfinite().all()):
+        bad = int((~drawn.samples.isfinite()).flatten(1).any(1).nonzero()[0])
+        return {**cell.spec(), "failed": f"sample {bad} is not finite"}, []
+    distances = case.measure(drawn, wanted, method.goal)
+    head = {
+        **cell.spec(),
+        "model_calls": drawn.model_calls,
+        "gradient_calls": drawn.gradient_calls,
+        "reward_calls": drawn.reward_calls,
+        "seconds": seconds,
+        "facts": {name: number(value) for name, value in drawn.facts.items()},
+        "distances": {
+            name: [number(d.value), None if d.floor is None else number(d.floor)] for name, d in distances.items()
+        },
+    }
+    return head, _rows(cell, case, drawn, folder, key)
+
+
+def _rows(cell: Cell, case: Case, drawn: Drawn, folder: Folder, key: str) -> list[Row]:
+    rewards = {name: value.detach().double().cpu().tolist() for name, value in case.rewards(drawn.samples).items()}
+    log_weights = [0.0] * cell.count
+    if drawn.log_weights is not None:
+        # Of mean one, so that blocks count alike.
+        normal = drawn.log_weights.double().log_softmax(0) + torch.tensor(float(cell.count)).double().log()
+        log_weights = normal.cpu().tolist()
+    ancestors = range(cell.count) if drawn.ancestors is None else drawn.ancestors.tolist()
+    columns = case.keep(drawn.samples, folder.path, key)
+    rows: list[Row] = []
+    for i, (seed, ancestor) in enumerate(zip(cell.seeds, ancestors, strict=True)):
+        values = {name: number(value[i]) for name, value in rewards.items()}
+        parts = [None if (v := values[name]) is None else w * v for name, w in cell.weights if w]
+        rows.append(
+            {
+                "method": cell.method,
+                "variant": cell.variant,
+                "preference": dict(cell.weights),
+                "strength": cell.strength,
+                "prompt": cell.prompt,
+                "seed": seed,
+                "ancestor": cell.seeds[ancestor],
+                "rewards": values,
+                "weighted": None if None in parts else number(sum(p for p in parts if p is not None)),
+                "log_weight": number(log_weights[i]),
+                "model_calls": drawn.model_calls,
+                "gradient_calls": drawn.gradient_calls,
+                "reward_calls": drawn.reward_calls,
+                **{name: values[i] for name, values in columns.items()},
+            }
+        )
+    return rows
