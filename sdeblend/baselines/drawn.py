@@ -27,6 +27,7 @@ class Drawn:
         gradient_calls: how many of them were differentiated as well, a returned sample.
         reward_calls: reward evaluations a returned sample.
         log_weights: importance weights, (B,); None where samples count alike.
+        ancestors: which start each sample descends from, long (B,); None where sample i comes from start i.
         facts: further numbers worth recording, by name.
     """
 
@@ -35,6 +36,7 @@ class Drawn:
     gradient_calls: float = 0.0
     reward_calls: float = 0.0
     log_weights: Tensor | None = None
+    ancestors: Tensor | None = None
     facts: dict[str, float] = field(default_factory=dict)
 
 

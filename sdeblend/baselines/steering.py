@@ -80,7 +80,7 @@ def steer(
     history = given.clone()  # running maximum or sum of predicted rewards over alpha
     if potential == "maximum":
         history -= torch.inf
-    calls, rewards = 0, 0
+    calls, rewards, eve = 0, 0, torch.arange(batch, device=x.device)
     for first in range(0, steps, every):
         last = min(first + every, steps)
         x = advance(step, sde.schedule, sde.score, x, grid[first : last + 1], first, noise)
@@ -98,7 +98,8 @@ def steer(
         given, residual = given + increment, residual + increment
         if float(effective_sample_size(residual)) < threshold * batch:
             ancestors = systematic_resample(residual, generator)
-            x, given, history = x[ancestors], given[ancestors], history[ancestors]
+            x, given, history, eve = x[ancestors], given[ancestors], history[ancestors], eve[ancestors]
             residual = torch.zeros_like(residual)
     ess = float(effective_sample_size(residual)) / batch
-    return Drawn(x, calls * evaluations(sde.score), reward_calls=rewards, log_weights=residual, facts={"ess": ess})
+    cost = calls * evaluations(sde.score)
+    return Drawn(x, cost, reward_calls=rewards, log_weights=residual, ancestors=eve, facts={"ess": ess})
