@@ -6,7 +6,7 @@ of affine Gaussian steps is Gaussian, so E[r] - kl_weight KL is a closed form of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear
+from sdeblend.config import check_keys
 from sdeblend.finetune.chain import Chain
+from sdeblend.finetune.policy import KL, StepWeights
 from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.io import write_atomically
@@ -83,63 +85,89 @@ def quadratic(b: float = 1.0, q: float = 0.0, **prompts: float) -> WeightedRewar
         value = (b * x - q * x.square() / 2).flatten(1).sum(1)
         if condition is None:
             return value
-        return value + torch.tensor([prompts[p] for p in condition.prompts])
+        return value + torch.tensor([prompts.get(p, 0.0) for p in condition.prompts])
 
     return WeightedReward({"r": reward})
 
 
-def objective(model: Line, chain: Chain, shift: Tensor, slope: Tensor, b: float, q: float) -> tuple[Tensor, ...]:
-    """Return E[r] and KL to the base of one dimension under a control, and mean and variance at 0; exact."""
-    m, v = torch.zeros((), dtype=torch.float64), torch.tensor(model.schedule.prior_std() ** 2, dtype=torch.float64)
-    kl = torch.zeros((), dtype=torch.float64)
-    for k in range(len(chain)):
-        t = chain.grid[k]
-        a, s, h = model.schedule.alpha(t), model.schedule.sigma(t), model.strength(t)
-        rate = s / (a**2 * model.variance + s**2)
-        if k < chain.noisy:
-            second = (shift + slope * m) ** 2 + slope**2 * v
-            kl = kl + (chain.q[k] / chain.g[k] * h) ** 2 * second / 2
-        gain = chain.p[k] + chain.q[k] * (rate + h * slope)
-        m = gain * m + chain.q[k] * (h * shift - rate * a * model.center)
-        v = gain**2 * v + chain.g[k] ** 2
-    return b * m - q * (m**2 + v) / 2, kl, m, v
+def cost_of(model: Line, chain: Chain, kl: KL) -> Tensor:
+    """Return the KL of each of the n steps over |eps - eps_base|^2, (n,)."""
+    cost = StepWeights.of(model, chain, kl).cost
+    return torch.nn.functional.pad(cost, (0, len(chain) - len(cost)))
 
 
-def best(model: Line, chain: Chain, kl_weight: float, b: float, q: float, *, dropped: bool = False) -> Tensor:
-    """Return the (shift, slope) where the gradient of E[r] - kl_weight KL vanishes, (2,).
+def objective(
+    model: Line, chain: Chain, cost: Tensor, theta: Tensor, b: float, q: float, led: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return E[r] and KL to the base of one dimension under a control, and the mean at 0; exact, differentiable.
 
     Args:
-        model: base.
-        chain: steps.
-        kl_weight: alpha.
+        model, chain: base and steps.
+        cost: from ``cost_of``.
+        theta: (shift, slope).
         b, q: the reward.
-        dropped: leave out what the KL's gradient owes to where the policy leads, as most code does.
+        led: the control that leads the states, ``theta`` by default; with another, held fixed, the KL's gradient
+            lacks the part that most code drops.
     """
-    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    for _ in range(20000):
-        reward, kl, *_ = objective(model, chain, *theta, b, q)
-        gradient = torch.autograd.grad(reward, theta, retain_graph=True)[0]
-        if dropped:
-            gradient = gradient - kl_weight * partial_kl(model, chain, theta)
-        else:
-            gradient = gradient - kl_weight * torch.autograd.grad(kl, theta)[0]
-        with torch.no_grad():
-            theta += 0.1 / kl_weight * gradient
-        if float(gradient.abs().max()) < 1e-9:
-            break
-    return theta.detach()
-
-
-def partial_kl(model: Line, chain: Chain, theta: Tensor) -> Tensor:
-    """Return the gradient of the KL with the law of the states held fixed, (2,)."""
-    frozen, total = theta.detach(), torch.zeros((), dtype=torch.float64)
+    led = theta if led is None else led
     m, v = torch.zeros((), dtype=torch.float64), torch.tensor(model.schedule.prior_std() ** 2, dtype=torch.float64)
-    for k in range(chain.noisy):
-        t = chain.grid[k]
-        a, s, h = model.schedule.alpha(t), model.schedule.sigma(t), model.strength(t)
-        rate = s / (a**2 * model.variance + s**2)
-        total = total + (chain.q[k] / chain.g[k] * h) ** 2 * ((theta[0] + theta[1] * m) ** 2 + theta[1] ** 2 * v) / 2
-        gain = chain.p[k] + chain.q[k] * (rate + h * frozen[1])
-        m = gain * m + chain.q[k] * (h * frozen[0] - rate * a * model.center)
-        v = gain**2 * v + chain.g[k] ** 2
-    return torch.autograd.grad(total, theta)[0]
+    kl = torch.zeros((), dtype=torch.float64)
+    times = chain.grid[:-1]
+    alpha, sigma, h = model.schedule.alpha(times), model.schedule.sigma(times), model.strength(times)
+    rate = sigma / (alpha**2 * model.variance + sigma**2)
+    gains = chain.p + chain.q * (rate + h * led[1])
+    pushes = chain.q * (h * led[0] - rate * alpha * model.center)
+    for gain, push, noise, price in zip(gains, pushes, chain.g**2, cost * h**2, strict=True):
+        kl = kl + price * ((theta[0] + theta[1] * m) ** 2 + theta[1] ** 2 * v)
+        m, v = gain * m + push, gain**2 * v + noise
+    return b * m - q * (m**2 + v) / 2, kl, m
+
+
+def gradient_of(model: Line, chain: Chain, kl: KL, theta: Tensor, kl_weight: float, b: float, q: float, *,
+                dropped: bool = False) -> Tensor:
+    """Return the gradient of E[r] - kl_weight KL in (shift, slope), exact; ``dropped``: as most code has it."""
+    theta = theta.detach().double().requires_grad_()
+    cost = cost_of(model, chain, kl)
+    reward = objective(model, chain, cost, theta, b, q)[0]
+    nats = objective(model, chain, cost, theta, b, q, theta.detach() if dropped else None)[1]
+    return torch.autograd.grad(reward - kl_weight * nats, theta)[0]
+
+
+def best(model: Line, chain: Chain, kl: KL, kl_weight: float, b: float, q: float, *, dropped: bool = False) -> Tensor:
+    """Return the (shift, slope) where that gradient vanishes, (2,)."""
+    theta = torch.zeros(2, dtype=torch.float64)
+    for _ in range(30):
+        value = gradient_of(model, chain, kl, theta, kl_weight, b, q, dropped=dropped)
+        hessian = torch.stack([
+            (gradient_of(model, chain, kl, theta + 1e-5 * e, kl_weight, b, q, dropped=dropped) - value) / 1e-5
+            for e in torch.eye(2, dtype=torch.float64)
+        ], 1)
+        theta = theta - 0.9 * torch.linalg.solve(hessian, value)
+        if float(value.abs().max()) < 1e-7:
+            break
+    return theta
+
+
+def build(
+    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+) -> tuple[Line, dict[str, Any]]:
+    """Build a line and its rewards, as a backend does."""
+    settings = check_keys(
+        table, {"mean": (float, 0.3), "dim": (int, 1), "prompts": (list[str], [])}, file=file, section="[model]"
+    )
+    known = {"up": quadratic(1.0).rewards["r"], "near": quadratic(0.0, 1.0).rewards["r"], "odd": odd, "nan": broken}
+    for name in rewards:
+        if name not in known:
+            raise ValueError(f"{file}: [rewards] knows {', '.join(known)}, got {name!r}")
+    model = Line(settings["mean"], 1.0, settings["dim"], tuple(settings["prompts"]))
+    return model, {name: known[name] for name in rewards}
+
+
+def odd(x: Tensor, condition: Any) -> Tensor:
+    """Return a reward of the wrong shape."""
+    return x
+
+
+def broken(x: Tensor, condition: Any) -> Tensor:
+    """Return a reward that is not a number."""
+    return x[:, 0] * torch.nan
