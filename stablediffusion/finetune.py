@@ -32,6 +32,7 @@ _OPTIONAL: Spec = {
     "height": (int, None),
     "width": (int, None),
     "checkpointing": (bool, False),
+    "batch": (int, 16),
     "decode_batch": (int, 8),
     "dtype": (_Precision, "float32"),
     "save_dtype": (_Precision, "float32"),

@@ -36,6 +36,7 @@ class Member:
         text_encoders: which text encoders its adapter changes.
         kl_weight: what it was tuned at, the alpha of exp(r / alpha); None where its file does not say.
         reward: weight of each reward it was tuned for, r = sum of weight times reward; None where unknown.
+        guidance: the guidance scale at which it is that tilt; None where unknown.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Member:
     text_encoders: tuple[str, ...] = ()
     kl_weight: float | None = None
     reward: Mapping[str, float] | None = None
+    guidance: float | None = None
 
 
 class Members:
@@ -177,14 +179,14 @@ def _known(name: str, file: LoraFile, identity: Callable[[], str]) -> dict[str, 
             "for, or tune it on this one"
         )
     try:
-        kl_weight = float(file.about["kl_weight"]) if "kl_weight" in file.about else None
+        kl_weight, guidance = (float(file.about[k]) if k in file.about else None for k in ("kl_weight", "guidance"))
         reward = json.loads(file.about["reward"]) if "reward" in file.about else None
         if kl_weight is not None and not 0 < kl_weight < math.inf:
             raise ValueError(f"kl_weight is {kl_weight}")
         reward = None if reward is None else {str(key): float(weight) for key, weight in reward.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"member {name!r} needs readable sdeblend.kl_weight and sdeblend.reward in {file.path}, got "
+            f"member {name!r} needs readable sdeblend.* metadata in {file.path}, got "
             f"{' '.join(str(error).split())}; tune it again, or remove these entries"
         ) from error
-    return {"kl_weight": kl_weight, "reward": reward}
+    return {"kl_weight": kl_weight, "reward": reward, "guidance": guidance}

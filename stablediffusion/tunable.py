@@ -61,6 +61,7 @@ class PipelineTunable:
         embedded_guidance: what a guidance-distilled Flux takes as input.
         height, width: of the images in pixels; the model's own by default.
         checkpointing: compute activations again in the backward pass instead of keeping them.
+        batch: rows through the denoiser at once where no gradient is wanted; with one, trainers cut batches themselves.
         decode_batch: images decoded at once.
         save_dtype: of the saved file's tensors.
         seed: of the adapter's first values.
@@ -86,13 +87,14 @@ class PipelineTunable:
         height: int | None = None,
         width: int | None = None,
         checkpointing: bool = False,
+        batch: int = 16,
         decode_batch: int = 8,
         save_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
         if type(pipe).__name__ not in _FAMILIES:
             raise ValueError(f"tuning needs one of {', '.join(_FAMILIES)}, got {type(pipe).__name__}; load it as such")
-        for name, value in (("rank", rank), ("decode_batch", decode_batch)):
+        for name, value in (("rank", rank), ("batch", batch), ("decode_batch", decode_batch)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         check_unfused(type(pipe).__name__, lora_components(pipe).values())
@@ -101,7 +103,8 @@ class PipelineTunable:
         self.device, self.dtype = torch.device(pipe._execution_device), self.network.dtype
         self.guidance, self.branches = float(guidance), 1 if guidance == 1 else 2
         self.embedded_guidance, self.size = embedded_guidance, image_size(pipe, height, width)
-        self.checkpointing, self.decode_batch, self.save_dtype = checkpointing, decode_batch, save_dtype
+        self.checkpointing, self.save_dtype = checkpointing, save_dtype
+        self.batch, self.decode_batch = batch, decode_batch
         self._flux = type(pipe).__name__ == "FluxPipeline"
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
@@ -158,7 +161,7 @@ class PipelineTunable:
 
     def save(self, path: Path, metadata: Mapping[str, str], /) -> Path:
         """Write the adapter as ``load_members`` reads it, with string metadata named ``sdeblend.*``."""
-        about = {key.removeprefix(ABOUT): value for key, value in metadata.items()}
+        about = {key.removeprefix(ABOUT): value for key, value in metadata.items()} | {"guidance": repr(self.guidance)}
         return save_lora(self.pipe, path, ADAPTER, about=about, dtype=self.save_dtype)
 
     def identity(self) -> str:
@@ -169,6 +172,9 @@ class PipelineTunable:
         if not isinstance(condition, PromptCondition) or len(condition) != len(x):
             given = len(condition) if isinstance(condition, PromptCondition) else type(condition).__name__
             raise ValueError(f"a prediction needs one prompt a row, got {given} for {len(x)} rows; draw conditions")
+        if len(x) > self.batch and not torch.is_grad_enabled():
+            parts = torch.arange(len(x)).split(self.batch)
+            return torch.cat([self._predict(x[i], t[i], condition.rows(i), adapters) for i in parts])
         _, arguments = denoiser_arguments(
             self.pipe, condition.of_rows(), self.size, self.branches, self.embedded_guidance
         )

@@ -60,6 +60,9 @@ def test_predictions_of_every_family(family, guidance):
     base = model.base(x, t, condition)
     assert base.shape == x.shape
     assert torch.equal(model.tuned(x, t, condition), base)
+    with torch.no_grad():
+        model.batch = 3
+        torch.testing.assert_close(model.base(x, t, condition), base, atol=1e-4, rtol=1e-4)
     alone = [model.tuned(x[i : i + 1], t[i : i + 1], condition.rows(torch.tensor([i]))) for i in range(len(x))]
     torch.testing.assert_close(torch.cat(alone), base, atol=1e-4, rtol=1e-4)
     other = model.tuned(x, t.flip(0), condition) - base
@@ -170,6 +173,7 @@ def test_saved_member_is_the_tuned_network(family, tmp_path):
                                                                      seed=1)})
     assert members["a"].kl_weight == 0.25
     assert members["a"].reward == {"vivid": 1.0}
+    assert members["a"].guidance == 1
     assert members["old"].kl_weight is None and members["old"].reward is None
     assert torch.equal(other.base(x, t, condition), model.base(x, t, condition)), "no member is active by itself"
     other.network.set_adapter("a")
