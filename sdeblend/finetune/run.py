@@ -235,7 +235,9 @@ def tensorboard(accelerator: Accelerator | None, done: int) -> Iterator[Log]:
     if accelerator is None:
         yield lambda metrics, step: None
         return
-    accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": {"purge_step": done + 1}})
+    # Files are named by the second; a run resumed within it must not replace what it had logged.
+    options = {"purge_step": done + 1, "filename_suffix": f".{done}"}
+    accelerator.init_trackers(LOGS, init_kwargs={"tensorboard": options})
     try:
         yield lambda metrics, step: accelerator.log(metrics, step=step)
     finally:
