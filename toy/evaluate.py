@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Final, Literal
 
 import torch
@@ -173,7 +174,7 @@ class MixtureCase(Case):
     def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
         x, log_w = drawn.samples.double().cpu(), drawn.log_weights
         found = self._reference(wanted, goal, len(x))
-        return {name: Distance(v, found.floors[name]) for name, v in found.distances(x, log_w).items()}
+        return {name: Distance(v, *found.floors[name]) for name, v in found.distances(x, log_w).items()}
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
         if samples.shape[1] > 2:
@@ -210,7 +211,7 @@ class Yardstick:
         self.directions = directions / directions.norm(dim=0)
         self.quantiles = (law.sample(REFERENCE * n, generator=generator) @ self.directions).T.sort(-1).values
         draws = [self.distances(law.sample(n, generator=generator), None) for _ in range(REPEATS)]
-        self.floors = {name: sum(draw[name] for draw in draws) / REPEATS for name in draws[0]}
+        self.floors = {name: (mean([d[name] for d in draws]), stdev([d[name] for d in draws])) for name in draws[0]}
 
     def distances(self, x: Tensor, log_weights: Tensor | None) -> dict[str, float]:
         """Return each distance by name, of samples (n, d) float64 and log weights (n,) or none."""

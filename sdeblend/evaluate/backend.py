@@ -74,10 +74,12 @@ class Distance:
     Attributes:
         value: of the samples.
         floor: what exact samples of the same number have on average; None if not known.
+        floor_sd: standard deviation of that from one set of exact samples to another.
     """
 
     value: float
     floor: float | None = None
+    floor_sd: float | None = None
 
 
 class Case(ABC):

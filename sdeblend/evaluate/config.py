@@ -236,7 +236,9 @@ def load_plan(path: Path) -> Plan:
     methods = _methods(grid["methods"], path)
     stray = [name for name in top["methods"] if name not in methods]
     if stray:
-        raise ValueError(f"{path}: [methods.{stray[0]}] is for a method that [grid] methods does not name; add it there")
+        raise ValueError(
+            f"{path}: [methods.{stray[0]}] must be for one of [grid] methods ({', '.join(methods)}); add it there"
+        )
     report["reference"] = report["reference"] or methods[0]
     if report["reference"] not in methods:
         raise ValueError(

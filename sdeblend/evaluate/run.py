@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     wait: Callable[[], None] = lambda: None
 
     def owns(self, index: int, methods: int) -> bool:
@@ -106,6 +106,7 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
         if damage is not None:
             todo.append((index, cell, key))
     held: tuple[tuple[str, str], Case] | None = None
+    draws: Draws | None = None
     bar = tqdm(
         todo, desc=f"{plan.title}, process {processes.rank}" if processes.size > 1 else plan.title, unit="cell",
         disable=None if processes.rank == 0 else True, file=sys.stderr, initial=len(mine) - len(todo), total=len(mine),
@@ -114,7 +115,9 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
         bar.set_postfix_str(cell.method, refresh=False)
         if held is None or held[0] != (cell.variant, cell.prompt):
             held = (cell.variant, cell.prompt), backend.case(cell.variant, cell.prompt)
-        head, rows = compute(plan, cell, held[1], folder, key)
+        if draws is None or (draws.prompt, draws.seeds) != (cell.prompt, tuple(cell.seeds)):
+            draws = Draws(plan.seed, cell.prompt, cell.seeds)
+        head, rows = compute(plan, cell, held[1], draws, folder, key)
         if head.get("failed"):
             notes.append(f"{cell.method} on {cell.variant}: {head['failed']}")
         folder.write(key, {"index": index, **head}, rows)
@@ -122,7 +125,9 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
     return notes
 
 
-def compute(plan: Plan, cell: Cell, case: Case, folder: Folder, key: str) -> tuple[dict[str, Any], list[Row]]:
+def compute(
+    plan: Plan, cell: Cell, case: Case, draws: Draws, folder: Folder, key: str
+) -> tuple[dict[str, Any], list[Row]]:
     """Sample one cell and measure it.
 
     Returns:
@@ -130,7 +135,6 @@ def compute(plan: Plan, cell: Cell, case: Case, folder: Folder, key: str) -> tup
         longer finite ("failed").
     """
     method, wanted = METHODS[cell.method], cell.wanted
-    draws = Draws(plan.seed, cell.prompt, cell.seeds)
     start = time.perf_counter()
     try:
         drawn = method.sample(case, wanted, draws, plan.options[cell.method])
@@ -151,7 +155,8 @@ def compute(plan: Plan, cell: Cell, case: Case, folder: Folder, key: str) -> tup
         "seconds": seconds,
         "facts": {name: number(value) for name, value in drawn.facts.items()},
         "distances": {
-            name: [number(d.value), None if d.floor is None else number(d.floor)] for name, d in distances.items()
+            name: [None if v is None else number(v) for v in (d.value, d.floor, d.floor_sd)]
+            for name, d in distances.items()
         },
     }
     return head, _rows(cell, case, drawn, folder, key)

@@ -1,0 +1,265 @@
+"""A summary as tables, in markdown and in LaTeX: quality, cost, n, and what is not significant.
+
+Marks: ``~`` a difference from the reference (or a win rate from one half) that is not significant; ``*`` a distance
+that exact samples of the same number could have; ``o`` a method that has another law than the target by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdeblend.evaluate.methods import METHODS
+from sdeblend.evaluate.summary import label
+
+_ABSENT = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        caption: a sentence or two above it.
+        header: names of the columns.
+        rows: text, as many entries as the header.
+    """
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """Return the table in markdown."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        return "\n".join([f"**{self.caption}**", "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+    def latex(self) -> str:
+        """Return the table in LaTeX, for the package booktabs."""
+        columns = "l" + "r" * (len(self.header) - 1)
+        body = [" & ".join(map(_escaped, row)) + r" \\" for row in self.rows]
+        head = [r"\begin{table}", r"\centering", rf"\caption{{{_escaped(self.caption)}}}"]
+        head += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, self.header)) + r" \\"]
+        return "\n".join([*head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a summary: the overviews first, then each group, then methods and their sources."""
+    out = []
+    groups = summary["groups"]
+    preferences = list(dict.fromkeys(tuple(group["preference"].values()) for group in groups))
+    if len(groups) > 1:
+        names = dict.fromkeys(name for g in groups for m in g["methods"].values() for name in m["distances"])
+        for name in names:
+            out += _overviews(groups, preferences, f"{name} to the exact target", _distance(name), name)
+        out += _overviews(groups, preferences, f"difference of r(w) from {label(summary['reference'])}", _gain)
+    out += [_front(front, summary) for front in summary["fronts"]]
+    out += [_group(group, summary) for group in groups]
+    out.append(_methods(groups))
+    return out
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Return the whole report in markdown."""
+    percent = f"{summary['confidence']:.0%}"
+    notes = [
+        f"# {summary['title']}",
+        "",
+        f"± and [ ] are {percent} intervals: of rewards by a paired bootstrap over seeds (and prompts, if several), of "
+        f"distances by Student's t over blocks of seeds. Each stands for itself, uncorrected for their number.",
+        "Marks: `~` not significantly different from the reference (win rate: from one half); `*` a distance that as "
+        "many exact samples could have; `o` a method that has another law than the target by construction.",
+    ]
+    return "\n\n".join(["\n".join(notes), *(table.markdown() for table in tables(summary))]) + "\n"
+
+
+def latex(summary: Mapping[str, Any]) -> str:
+    """Return the tables in LaTeX."""
+    return "\n\n".join([f"% {summary['title']}; needs \\usepackage{{booktabs}}"] + [
+        table.latex() for table in tables(summary)
+    ]) + "\n"
+
+
+def _overviews(
+    groups: Sequence[Mapping[str, Any]],
+    preferences: Sequence[tuple[float, ...]],
+    what: str,
+    show: Callable[[Mapping[str, Any]], str],
+    floor: str | None = None,
+) -> list[Table]:
+    """Return one table a preference: methods by groups and strengths; all preferences in one if nothing else varies."""
+    several = len({(g["group"], g["strength"]) for g in groups}) > 1
+    equal = all(len(set(p)) == 1 for p in preferences)
+    out = []
+    for preference in [None] if not several or equal else preferences:
+        own = [g for g in groups if preference is None or tuple(g["preference"].values()) == preference]
+        rows = [
+            (_name(name), *(show(g["methods"][name]) if name in g["methods"] else _ABSENT for g in own))
+            for name in _order(own)
+        ]
+        if floor is not None:
+            rows.insert(0, ("(exact samples)", *(_floor(g, floor) for g in own)))
+        rows = [row for row in rows if set(row[1:]) != {_ABSENT}]
+        if not rows:
+            continue
+        shown = "" if preference is None else f", preference {_numbers(preference)}"
+        sizes = sorted({g["n"] for g in own})
+        n = f"n = {sizes[0]}" if len(sizes) == 1 else f"n = {sizes[0]} to {sizes[-1]}"
+        out.append(Table(f"{what}{shown}; {n} samples a method", ("method", *_columns(own)), tuple(rows)))
+    return out
+
+
+def _columns(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a short name of each group: what varies among them."""
+    parts: list[Callable[[Mapping[str, Any]], str]] = [
+        lambda g: str(g["group"]), lambda g: f"strength {g['strength']:g}",
+        lambda g: _numbers(tuple(g["preference"].values())),
+    ]  # fmt: skip
+    varying = [part for part in parts if len({part(g) for g in groups}) > 1] or parts[:1]
+    if len({parts[0](g) for g in groups}) == len(groups):
+        varying = parts[:1]
+    return ["; ".join(part(g) for part in varying) for g in groups]
+
+
+def _order(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group["methods"]))
+
+
+def _floor(group: Mapping[str, Any], name: str) -> str:
+    found = [
+        method["distances"][name]["floor"]
+        for key, method in group["methods"].items()
+        if "floor" in method["distances"].get(name, {}) and METHODS[key].goal == "target"
+    ]
+    return _short(found[0]) if found else _ABSENT
+
+
+def _distance(name: str) -> Callable[[Mapping[str, Any]], str]:
+    def show(method: Mapping[str, Any]) -> str:
+        found = method["distances"].get(name)
+        return _ABSENT if found is None else _plus_minus(found) + ("*" if found.get("above_floor") is False else "")
+
+    return show
+
+
+def _gain(method: Mapping[str, Any]) -> str:
+    found = method.get("difference")
+    return _ABSENT if found is None else _plus_minus(found, sign=True) + ("" if found["significant"] else "~")
+
+
+def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
+    methods: Mapping[str, Any] = group["methods"]
+    rewards = list(dict.fromkeys(name for m in methods.values() for name in m["rewards"]))
+    # Ten columns of rewards hide the rest; the sum is there anyway.
+    rewards = rewards if len(rewards) <= 4 else []
+    distances = list(dict.fromkeys(name for m in methods.values() for name in m["distances"]))
+    header = ("method", *rewards, "r(w)", "difference", "win rate", *distances, "certificate, nats", "ESS", "n eff.",
+              "model calls", "gradients", "reward calls", "seconds")  # fmt: skip
+    rows = []
+    for name, m in methods.items():
+        rate, facts = m.get("win_rate"), (m["certificate"], m["ess"])
+        rows.append(
+            (
+                _name(name),
+                *(_plus_minus(m["rewards"][reward]) if reward in m["rewards"] else _ABSENT for reward in rewards),
+                _plus_minus(m["weighted"]),
+                _gain(m),
+                _ABSENT if rate is None else _plus_minus(rate) + ("" if rate["significant"] else "~"),
+                *(_with_floor(m["distances"].get(distance)) for distance in distances),
+                _short(facts[0]),
+                _ABSENT if facts[1] is None else f"{facts[1]:.0%}",
+                f"{m['effective']:.0f}",
+                *(_short(m[cost]) for cost in ("model_calls", "gradient_calls", "reward_calls", "seconds")),
+            )
+        )
+    rows += [(_name(name), why, *[_ABSENT] * (len(header) - 2)) for name, why in group["absent"].items()]
+    for printed in summary["published"]:
+        if printed["group"] in ("", group["group"]) and printed["reward"] in rewards:
+            shown = [f"{printed['value']:g}" if reward == printed["reward"] else _ABSENT for reward in rewards]
+            source = f"{printed['label']} (printed, {printed['source']})"
+            rows.append((source, *shown, *[_ABSENT] * (len(header) - 1 - len(rewards))))
+    missing = sum(m["missing"] for m in methods.values())
+    caption = (
+        f"{group['group']}, preference {_numbers(tuple(group['preference'].values()))}, strength "
+        f"{group['strength']:g}; n = {group['n']} samples a method in {group['blocks']} block(s), differences from "
+        f"{label(summary['reference'])}, costs a sample, seconds a block"
+    )
+    caption += f"; {missing} samples without a value of some reward" if missing else ""
+    return Table(caption + ("; not finished" if group["incomplete"] else ""), header, tuple(rows))
+
+
+def _front(front: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
+    points = [_numbers(tuple(p)) for p in front["preferences"]]
+    caption = (
+        f"{front['group']}, strength {front['strength']:g}: mean ({', '.join(front['rewards'])}) at each preference "
+        f"and hypervolume above ({', '.join(_short(v) for v in front['reference_point'])}), ratio to "
+        f"{label(summary['reference'])}; n = {front['n']} samples a method and preference"
+    )
+    rows = []
+    for name, m in front["methods"].items():
+        ratio = m["ratio"]
+        mark = "" if ratio is None or _excludes(ratio, 1) or name == summary["reference"] else "~"
+        shown = _ABSENT if ratio is None else _bracketed(ratio) + mark
+        where = [", ".join(_short(v) for v in point) for point in m["points"]]
+        rows.append((_name(name), _bracketed(m["hypervolume"]), shown, *where))
+    return Table(caption, ("method", "hypervolume", "ratio", *points), tuple(rows))
+
+
+def _methods(groups: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for g in groups for name in (*g["methods"], *g["absent"])))
+    rows = [(_name(n), n, METHODS[n].cost, METHODS[n].source) for n in names if n in METHODS]
+    return Table("methods: cost (K members with a coefficient) and source", ("method", "name", "cost", "source"),
+                 tuple(rows))
+
+
+def _name(method: str) -> str:
+    return label(method) + ("" if method not in METHODS or METHODS[method].aims else " o")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    if len(values) > 3 and len(set(values)) == 1:
+        return "equal"
+    return "(" + ", ".join(f"{v:.3g}" for v in values) + ")"
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return _ABSENT
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}" if abs(value) < 1e6 else f"{value:.2e}"
+
+
+def _plus_minus(found: Mapping[str, Any] | None, *, sign: bool = False) -> str:
+    if found is None or found["value"] is None:
+        return _ABSENT
+    value = _short(found["value"])
+    value = f"+{value}" if sign and found["value"] > 0 else value
+    if found["low"] is None:
+        return value
+    return f"{value} ± {(found['high'] - found['low']) / 2:.1g}"
+
+
+def _with_floor(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return _ABSENT
+    floor = "" if "floor" not in found else f" ({_short(found['floor'])})"
+    return _plus_minus(found) + ("*" if found.get("above_floor") is False else "") + floor
+
+
+def _bracketed(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:
+        return _short(found["value"])
+    return f"{_short(found['value'])} [{_short(found['low'])}, {_short(found['high'])}]"
+
+
+def _excludes(found: Mapping[str, Any], number: float) -> bool:
+    return found["low"] is not None and not found["low"] <= number <= found["high"]
+
+
+def _escaped(text: str) -> str:
+    for mark, latex in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"),
+                        ("~", r"\textasciitilde{}"), ("^", r"\textasciicircum{}"), ("±", r"$\pm$")):
+        text = text.replace(mark, latex)
+    return text
