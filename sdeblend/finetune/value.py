@@ -50,7 +50,8 @@ class Value:
             # V starts as the mean of the returns.
             self.layers[-1][0].zero_()
         self.parameters = [p for layer in self.layers for p in layer]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate)
+        # The returns are standardised, so the last bias has no gradient at first but rounding; do not blow it up.
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, eps=1e-5)
         self.offset, self.scale = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
 
     def _standard(self, x: Tensor, t: Tensor, prompts: tuple[str, ...] | None) -> Tensor:
