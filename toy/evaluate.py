@@ -174,7 +174,8 @@ class MixtureCase(Case):
     def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
         x, log_w = drawn.samples.double().cpu(), drawn.log_weights
         found = self._reference(wanted, goal, len(x))
-        return {name: Distance(v, *found.floors[name]) for name, v in found.distances(x, log_w).items()}
+        floors = found.floors(_effective(drawn, len(x)))
+        return {name: Distance(v, *floors[name]) for name, v in found.distances(x, log_w).items()}
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
         if samples.shape[1] > 2:
@@ -193,11 +194,21 @@ class MixtureCase(Case):
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def _effective(drawn: Drawn, n: int) -> int:
+    """Return how many independent samples of equal weight these are worth, to two digits."""
+    if drawn.log_weights is None and drawn.ancestors is None:
+        return n
+    weights = torch.full((n,), 1 / n).double() if drawn.log_weights is None else drawn.log_weights.double().softmax(0)
+    if drawn.ancestors is not None:
+        weights = torch.zeros(n, dtype=torch.float64).index_add_(0, drawn.ancestors.cpu(), weights.cpu())
+    return max(2, int(float(f"{1 / float(weights.square().sum()):.2g}")))
+
+
 class Yardstick:
     """Distances of n samples to a law, and what exact samples have: the floor.
 
     Sliced W2 is taken to one exact sample of four times the size, the same for every method and for the floor, which
-    is therefore that of this very sample.
+    is therefore that of this very sample. Weighted samples have the floor of as many as they are worth.
 
     Args:
         law: to measure against.
@@ -207,11 +218,19 @@ class Yardstick:
 
     def __init__(self, law: GaussianMixture, n: int, generator: torch.Generator) -> None:
         self.law = law
+        self._floors: dict[int, dict[str, tuple[float, float]]] = {}
         directions = torch.randn(law.dim, PROJECTIONS if law.dim > 1 else 1, generator=generator, dtype=torch.float64)
         self.directions = directions / directions.norm(dim=0)
         self.quantiles = (law.sample(REFERENCE * n, generator=generator) @ self.directions).T.sort(-1).values
-        draws = [self.distances(law.sample(n, generator=generator), None) for _ in range(REPEATS)]
-        self.floors = {name: (mean([d[name] for d in draws]), stdev([d[name] for d in draws])) for name in draws[0]}
+        self._seed = int(torch.randint(2**62, (1,), generator=generator))
+
+    def floors(self, n: int) -> dict[str, tuple[float, float]]:
+        """Return the mean and the standard deviation of each distance of n exact samples."""
+        if n not in self._floors:
+            generator = torch.Generator().manual_seed(self._seed + n)
+            draws = [self.distances(self.law.sample(n, generator=generator), None) for _ in range(REPEATS)]
+            self._floors[n] = {k: (mean(d[k] for d in draws), stdev(d[k] for d in draws)) for k in draws[0]}
+        return self._floors[n]
 
     def distances(self, x: Tensor, log_weights: Tensor | None) -> dict[str, float]:
         """Return each distance by name, of samples (n, d) float64 and log weights (n,) or none."""
