@@ -17,7 +17,7 @@ import torch
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
-from stablediffusion.bundled import GUIDANCE, MODEL
+from stablediffusion.bundled import MODEL
 from stablediffusion.rewards import find_reward
 from stablediffusion.tunable import Layers, PipelineTunable
 
@@ -39,7 +39,7 @@ _OPTIONAL: Spec = {
 }
 _PROMPTS = str | list[str]
 _GIVEN: Spec = {"path": (str, REQUIRED), "prompts": (_PROMPTS, REQUIRED)} | dict(_OPTIONAL)
-_BUNDLED: Spec = {"prompts": (_PROMPTS, None)} | dict(_OPTIONAL) | {"guidance": (float, GUIDANCE)}
+_BUNDLED: Spec = {"prompts": (_PROMPTS, None)} | dict(_OPTIONAL)
 
 
 def build(

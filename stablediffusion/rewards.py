@@ -87,7 +87,12 @@ def _alignment(images: Tensor, condition: Any) -> Tensor:
     # late: it reads the scorer's weights
     from stablediffusion.small.scorer import log_prob
 
-    return log_prob(images, list(condition.prompts))
+    # an empty prompt asks for nothing
+    asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
+    values = images.new_zeros(len(images))
+    if asked:
+        values[asked] = log_prob(images[asked], [condition.prompts[i] for i in asked]).to(images.dtype)
+    return values
 
 
 REWARDS: Mapping[str, ImageReward] = {

@@ -6,7 +6,8 @@ are guided alike,
     out = out(negative) + g (out(prompt) - out(negative)),        g = 1: out(prompt),
 
 so that with KL weight alpha the trainers' optimum is p_base exp(r / alpha) / Z for the *guided* base at this g, and
-a blend of members keeps its meaning at this g.
+a blend of members keeps its meaning at this g. That holds for trainers of the chain itself. The regression trainer
+noises samples again, so it needs a base that predicts the score of its own samples: g = 1.
 
 Only the adapter's factors get gradients, and they are float32 whatever the network's precision.
 

@@ -2,8 +2,8 @@
 
     python -m stablediffusion.small.members [--only NAME ...] [--out DIR] [--resume] [--measure]
 
-Each member is the tilt p_base exp(r / kl_weight) / Z of the base guided at ``GUIDANCE``, found by the regression
-trainer on captions as the base was trained on. Rewards are standardised: r = sum_i w_i r_i / sd_i, sd_i the base's
+Each member is the tilt p_base exp(r / kl_weight) / Z, found by the regression trainer on captions as the base was
+trained on. Rewards are standardised: r = sum_i w_i r_i / sd_i, sd_i the base's
 standard deviation over such captions, so that kl_weight is in standard deviations and the same for all but one:
 
     compress, vivid, align     one reward each
@@ -13,8 +13,13 @@ standard deviation over such captions, so that kl_weight is in standard deviatio
 
 ``compress50-vivid50`` has the target of ``compress+vivid`` and another seed: how far two runs of the trainer differ.
 
-A run's folder under DIR holds its checkpoints. Measured on other captions and noise, 50 ancestral steps: rewards
-before and after in sd, the KL of the chain from the base's (mean log ratio along it, nats), the scorer's accuracies.
+Tuning is without guidance: the regression needs a base whose prediction is the score of its own samples, noised. One
+group in eight has an empty caption, for which the alignment is 0. With guidance g, p(x|c)^g p(x)^(1-g), the factor
+exp(r / kl_weight) of both branches appears to the power g + 1 - g = 1, so that the guided member is the guided base's
+tilt at the same kl_weight, as far as guidance is such a product at all (for align: at kl_weight / g).
+
+A run's folder under DIR holds its checkpoints. Measured on other captions and noise, 50 ancestral steps, at guidance 1
+and at ``GUIDANCE``: rewards before and after in sd, KL of the chain from the base's in nats, the scorer's accuracies.
 """
 
 from __future__ import annotations
@@ -22,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,16 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeblend.finetune.chain import Chain, draw_noise, roll_out
-from sdeblend.finetune.regression import RegressionSettings, RewardRegression, sample_with_log_ratio
+from sdeblend.finetune.chain import Chain, draw_noise
+from sdeblend.finetune.regression import RegressionSettings, RewardRegression
 from sdeblend.finetune.reward import WeightedReward
-from sdeblend.finetune.run import train
+from sdeblend.finetune.run import METRICS, train
 from sdeblend.grid import time_grid
 from sdeblend.io import write_atomically
 from stablediffusion.bundled import GUIDANCE, MEMBERS, SMALL
 from stablediffusion.finetune import training_captions
 from stablediffusion.lora import load_lora, remove_adapter
-from stablediffusion.prompts import PromptCondition
+from stablediffusion.prompts import Draw, PromptCondition
 from stablediffusion.rewards import find_reward
 from stablediffusion.small import load_small
 from stablediffusion.small.evaluate import accuracies
@@ -53,6 +57,7 @@ KL_WEIGHT = 0.5
 RANK = 8
 LAYERS: tuple[Layers, ...] = ("attention", "feed-forward", "convolutions")
 ITERATIONS = 12
+EMPTY = 1 / 8
 _STEPS = 50
 _IMAGES = 256
 _BATCH = 64
@@ -125,20 +130,30 @@ def tune(name: str, scales: Mapping[str, float], out: Path, *, resume: bool, ite
     return target
 
 
-def tunable(pipe: Any, seed: int = 0) -> PipelineTunable:
+def captions(count: int, generator: torch.Generator) -> list[str]:
+    """Draw captions to tune on; one in eight is empty."""
+    drawn = training_captions(count, generator)
+    empty = torch.rand(count, generator=generator) < EMPTY
+    return ["" if e else caption for e, caption in zip(empty.tolist(), drawn, strict=True)]
+
+
+def tunable(pipe: Any, seed: int = 0, guidance: float = 1.0, prompts: Draw = captions) -> PipelineTunable:
     """Return the bundled pipeline as what is tuned."""
     return PipelineTunable(
-        pipe, training_captions, rank=RANK, layers=LAYERS, guidance=GUIDANCE, batch=_BATCH, decode_batch=_BATCH,
+        pipe, prompts, rank=RANK, layers=LAYERS, guidance=guidance, batch=_BATCH, decode_batch=_BATCH,
         save_dtype=torch.float16, seed=seed,
     )  # fmt: skip
 
 
 @torch.no_grad()
-def measure(name: str | None, images: int = _IMAGES, seed: int = 1) -> tuple[dict[str, Any], Tensor]:
+def measure(
+    name: str | None, guidance: float = 1.0, images: int = _IMAGES, seed: int = 1
+) -> tuple[dict[str, Any], Tensor]:
     """Draw images of a member, or of the base, on captions and noise that depend on the seed alone.
 
     Args:
         name: of a member in the package; None for the base.
+        guidance: of member and base.
         images: how many, one a caption.
         seed: of captions and noise.
 
@@ -146,25 +161,37 @@ def measure(name: str | None, images: int = _IMAGES, seed: int = 1) -> tuple[dic
         means and standard deviations of the rewards, KL of the chain, accuracies; and the images, (B, 3, H, W).
     """
     pipe = load_small()
-    model = tunable(pipe)
+    model = tunable(pipe, guidance=guidance, prompts=training_captions)
     if name is not None:
         remove_adapter(pipe, ADAPTER)
         load_lora(pipe, MEMBERS / f"{name}.safetensors", ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     chain = Chain.of(model, time_grid(model.schedule, _STEPS, "uniform"))
     condition = model.conditions(images, 1, generator)
-    parts, ratios = [], []
+    parts, sums = [], []
     for rows in torch.arange(images).split(_BATCH):
         noise = draw_noise(model, chain, slice(0, len(rows)), len(rows), generator)
-        some = condition.rows(rows)
-        if name is None:
-            samples, ratio = roll_out(model, chain, noise, some, base=True)[-1], torch.zeros(len(rows))
-        else:
-            samples, ratio = sample_with_log_ratio(model, chain, noise, some)
+        samples, kl = _follow(model, chain, noise, condition.rows(rows), tuned=name is not None)
         parts.append(model.decode(samples))
-        ratios.append(ratio)
+        sums.append(kl)
     drawn = torch.cat(parts)
-    return {"images": images, "kl": _mean(torch.cat(ratios))} | scores(drawn, condition), drawn
+    return {"images": images, "kl": _mean(torch.cat(sums))} | scores(drawn, condition), drawn
+
+
+def _follow(
+    model: PipelineTunable, chain: Chain, noise: Tensor, condition: PromptCondition, *, tuned: bool
+) -> tuple[Tensor, Tensor]:
+    """Return samples of the tuned chain or the base's, and the KL of their steps from the base's, nats (B,)."""
+    x = noise[0] * model.schedule.prior_std()
+    kl = x.new_zeros(len(x))
+    for k in range(len(chain)):
+        index = torch.full((len(x),), k)
+        base = model.base(x, chain.times(index), condition)
+        out = model.tuned(x, chain.times(index), condition) if tuned else base
+        last = k == chain.noisy
+        kl += 0 if last else chain.kl(out, base, index)
+        x = chain.mean(x, out, index) + (0 if last else float(chain.g[k]) * noise[k + 1])
+    return x, kl
 
 
 def scores(images: Tensor, condition: PromptCondition) -> dict[str, Any]:
@@ -198,22 +225,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     identity = tunable(load_small()).identity()
-    if results.get("base", {}).get("identity") != identity:
+    if results.get("identity") != identity:
         # another base: what was measured on the last one is void
-        results = {"base": {"identity": identity} | measure(None)[0], "members": {}}
+        results = {"identity": identity, "base": measured(None), "members": {}}
         write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
-    scales = {name: value["sd"] for name, value in results["base"]["rewards"].items()}
+    base = results["base"]
+    scales = {name: value["sd"] for name, value in base["guidance 1"]["rewards"].items()}
     for name in arguments.only:
-        start = time.perf_counter()
+        recipe = RECIPES[name]
         if not arguments.measure:
             tune(name, scales, arguments.out, resume=arguments.resume)
-        seconds = round(time.perf_counter() - start, 1)
-        found, _ = measure(name)
-        entry = {"weights": RECIPES[name].weights, "kl_weight": RECIPES[name].kl_weight, "seconds": seconds}
-        results["members"][name] = entry | {"moved": in_sd(results["base"], found)} | found
+        entry: dict[str, Any] = {"weights": recipe.weights, "kl_weight": recipe.kl_weight}
+        if (arguments.out / name / METRICS).exists():
+            rounds = [json.loads(line) for line in (arguments.out / name / METRICS).read_text().splitlines()]
+            entry |= {"iterations": len(rounds), "seconds": round(sum(part["seconds"] for part in rounds), 1)}
+        found = measured(name)
+        for key, part in found.items():
+            part["moved"] = in_sd(base[key], part)
+            print(name, key, part["moved"], f"KL {part['kl']['mean']:.2f} nats")
+        results["members"][name] = entry | found
         write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
-        print(name, results["members"][name]["moved"], f"KL {found['kl']['mean']:.2f} nats", f"{seconds:.0f} s")
     return 0
+
+
+def measured(name: str | None) -> dict[str, Any]:
+    """Return what ``measure`` finds without guidance and with the usual one."""
+    return {f"guidance {guidance:g}": measure(name, guidance)[0] for guidance in (1.0, GUIDANCE)}
 
 
 if __name__ == "__main__":
