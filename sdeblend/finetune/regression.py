@@ -41,10 +41,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Condition, Tunable, converted, noised, take
+from sdeblend.finetune.process import follow, plan
 from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
-from sdeblend.steps import ExponentialMultistep
-from sdeblend.steps.base import Move
 
 LogRatio = Literal["path", "copies"]
 
@@ -95,7 +94,7 @@ class RewardRegression(Trainer):
         self, model: Tunable, reward: WeightedReward, settings: RegressionSettings, workers: Workers | None = None
     ) -> None:
         super().__init__(model, reward, settings, workers)
-        self.moves = ExponentialMultistep().plan(model.schedule, self.chain.grid)
+        self.moves = plan(model, self.chain.grid)
         ends = model.schedule.log_snr(self.chain.grid[[0, -2]]).tolist()
         self.range = max(settings.low, ends[0]), min(settings.high, ends[1])
         if not self.range[0] < self.range[1]:
@@ -107,7 +106,7 @@ class RewardRegression(Trainer):
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()
         with torch.no_grad(), self.workers.autocast():
-            samples, log_ratio = sample_with_log_ratio(self.model, self.moves, batch.noise, batch.condition)
+            samples, log_ratio, _ = follow(self.model, self.moves, batch.noise, batch.condition)
             rewards = self.score(samples, batch.condition)
         if settings.log_ratio == "copies":
             with torch.no_grad():
@@ -203,37 +202,3 @@ def excess_weights(tilt: Tensor) -> Tensor:
     """Return exp(A) over its mean within the group, less the group's smallest, (groups, size)."""
     weights = tilt.softmax(1) * tilt.shape[1]
     return weights - weights.min(1, keepdim=True).values
-
-
-def sample_with_log_ratio(
-    model: Tunable, moves: list[Move], noise: Tensor, condition: Condition | None
-) -> tuple[Tensor, Tensor]:
-    """Run the tuned process, and the base's beside it along the same path.
-
-    Args:
-        model: base and tuned network.
-        moves: the n planned steps, all but the last with noise.
-        noise: the start and then that of each step, unit variance, (n, B, *event).
-        condition: of the B samples.
-
-    Returns:
-        the samples (B, *event), and log p(path) / p_base(path), nats (B,): with D the difference of the means of a
-        step of standard deviation G and noise z, the sum of D.z / G + |D|^2 / (2 G^2).
-    """
-    x = noise[0] * model.schedule.prior_std()
-    log_ratio, before, shift_before = x.new_zeros(len(x)), torch.zeros_like(x), torch.zeros_like(x)
-    for k, move in enumerate(moves):
-        times = move.t.expand(len(x))
-        score = converted(model, model.tuned(x, times, condition).to(x.dtype), x, times, "score")
-        denoised = move.p * x + move.q * score
-        following = move.a * x + move.b * score + move.c * before
-        if move.g:
-            base = converted(model, model.base(x, times, condition).to(x.dtype), x, times, "score")
-            shift = score - base
-            z = noise[k + 1]
-            scaled = ((move.b * shift + move.c * shift_before) / move.g).flatten(1)
-            log_ratio += (scaled * z.flatten(1)).sum(1) + scaled.square().sum(1) / 2
-            following = following + move.g * z
-            shift_before = move.q * shift
-        x, before = following, denoised
-    return x, log_ratio
