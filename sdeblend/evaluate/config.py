@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -284,7 +285,11 @@ def load_plan(path: Path) -> Plan:
 def _methods(names: list[str], path: Path) -> tuple[str, ...]:
     unknown = [name for name in names if name not in METHODS]
     if unknown:
-        raise ValueError(f"{path}: [grid] methods must be of {', '.join(METHODS)}, got {unknown[0]!r}")
+        nearest = ", ".join(get_close_matches(unknown[0], METHODS, n=4, cutoff=0))
+        raise ValueError(
+            f"{path}: [grid] methods must be of those in sdeblend.evaluate.methods, got {unknown[0]!r}; nearest are "
+            f"{nearest}"
+        )
     if not 0 < len(set(names)) == len(names):
         raise ValueError(f"{path}: [grid] methods must name at least one and none twice, got {names}")
     return tuple(names)

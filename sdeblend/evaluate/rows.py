@@ -15,7 +15,7 @@ import gzip
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,23 +120,14 @@ class Folder:
                 raise ValueError("its rows are not those that were written")
             return cell, [json.loads(line) for line in text.splitlines()]
         except (OSError, EOFError, ValueError, KeyError, gzip.BadGzipFile) as error:
-            why = f"{type(error).__name__}: {error}" if isinstance(error, OSError | EOFError) else str(error)
+            why = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise ValueError(
                 f"{file}: truncated or damaged ({' '.join(why.split())}); run evaluate again with --resume"
             ) from None
 
-    def keys(self) -> list[str]:
+    def stored(self) -> list[str]:
         """Return the keys of the cells that are there, sorted."""
         return sorted(file.stem for file in (self.path / "cells").glob("*.json"))
-
-    def cells(self) -> Iterator[tuple[dict[str, Any], list[Row]]]:
-        """Yield every cell with its rows, in the order of the grid.
-
-        Raises:
-            ValueError: for one that is damaged.
-        """
-        found = [self.read(key) for key in self.keys()]
-        yield from sorted(found, key=lambda pair: pair[0]["index"])
 
     def _cell_file(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.json"

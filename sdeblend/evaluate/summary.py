@@ -56,7 +56,7 @@ def load(folders: Sequence[Folder]) -> list[Stored]:
     found: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}
     for folder in folders:
         manifest = folder.manifest()
-        keys = folder.keys()
+        keys = folder.stored()
         if manifest is None or not keys:
             raise ValueError(f"{folder.path}: holds no results; name a folder that 'sdeblend evaluate' wrote")
         fixed = manifest["fixed"]

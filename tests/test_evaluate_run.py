@@ -1,0 +1,225 @@
+"""The results folder: killed, resumed, damaged, shared by processes, and told again from its rows alone."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sdeblend.evaluate.command import main
+from sdeblend.evaluate.compare import main as compare
+from sdeblend.evaluate.config import load_plan
+from sdeblend.evaluate.rows import Folder
+from sdeblend.evaluate.run import World, evaluate
+from tests.strategies import refuses
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+[backend]
+kind = "mixture"
+problems = ["ring8"]
+steps = {steps}
+[grid]
+methods = {methods}
+preferences = ["equal", [0.2, 0.8]]
+strengths = [1.0, 1.5]
+seeds = 60
+block = 30
+[methods.code]
+candidates = 2
+[report]
+resamples = 100
+reference = "mpa"
+"""
+METHODS = ["mpa", "mpa-corrected", "ls-systematic", "code"]
+
+
+def config(folder, steps=6, methods=METHODS, **replaced):
+    text = CONFIG.format(steps=steps, methods=json.dumps(methods))
+    if "code" not in methods:
+        text = text.replace("[methods.code]\ncandidates = 2\n", "")
+    for old, new in replaced.items():
+        text = text.replace(old, new)
+    file = folder / f"config-{abs(hash(text))}.toml"
+    file.write_text(text)
+    return file
+
+
+def run(file, out, **options):
+    return evaluate(load_plan(file), Folder(out), processes=options.pop("processes", World()), **options)
+
+
+def content(out):
+    """Return every file of rows as bytes, and every cell without the seconds it took."""
+    rows = {file.name: file.read_bytes() for file in (out / "rows").iterdir()}
+    cells = {file.name: json.loads(file.read_text()) for file in (out / "cells").iterdir()}
+    for cell in cells.values():
+        cell.pop("seconds", None)
+    return rows, cells
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a finished run and its configuration."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = config(folder)
+    assert run(file, folder / "out") == []
+    return file, folder / "out"
+
+
+def test_one_row_a_sample_with_all_that_it_is_of(whole):
+    _, out = whole
+    cells = [Folder(out).read(key) for key in Folder(out).stored()]
+    # Four methods, two preferences, two strengths, two blocks; one member a step needs probabilities.
+    assert len(cells) == 4 * 2 * 2 * 2
+    left_out = [head for head, _ in cells if "left_out" in head]
+    assert {(head["method"], head["strength"]) for head in left_out} == {("ls-systematic", 1.5)} and len(left_out) == 4
+    rows = [row for _, rows in cells for row in rows]
+    assert len(rows) == (4 * 2 * 2 - 2) * 60
+    assert len({(r["method"], r["strength"], *r["preference"].values(), r["seed"]) for r in rows}) == len(rows)
+    for row in rows:
+        weighted = sum(w * row["rewards"][name] for name, w in row["preference"].items())
+        assert row["weighted"] == pytest.approx(weighted, rel=1e-6)
+        assert row["model_calls"] > 0 and len(row["x"]) == 2
+    plain = [row for row in rows if row["method"] == "mpa"]
+    assert all(row["log_weight"] == 0 and row["ancestor"] == row["seed"] for row in plain)
+    assert any(row["log_weight"] for row in rows if row["method"] == "mpa-corrected")
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
+    file = config(tmp_path, steps=40)
+    program = [sys.executable, "-m", "sdeblend.evaluate", str(file), "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(program, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(Folder(tmp_path / "killed").stored())
+    assert 3 <= done < 32
+    # What a kill between the two files of a cell leaves: rows that nothing speaks for.
+    (tmp_path / "killed" / "rows" / "0123.jsonl.gz").write_bytes(b"half a file")
+    refuses(lambda: run(file, tmp_path / "killed"), "say --resume")
+    assert run(file, tmp_path / "killed", resume=True) == []
+    (tmp_path / "killed" / "rows" / "0123.jsonl.gz").unlink()
+    run(file, tmp_path / "whole")
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_two_processes_give_the_rows_of_one(whole, tmp_path):
+    file, out = whole
+    for rank in (0, 1):
+        run(file, tmp_path / "two", processes=World(rank, 2))
+        if rank == 0:
+            assert 0 < len(Folder(tmp_path / "two").stored()) < 32
+    assert content(tmp_path / "two")[0] == content(out)[0]
+
+
+def test_accelerate_launch_gives_the_rows_of_one(whole, tmp_path):
+    file, out = whole
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, "-m", "sdeblend.evaluate", str(file), "--out", str(tmp_path / "two")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert content(tmp_path / "two") == content(out)
+    assert (tmp_path / "two" / "tables.md").exists()
+
+
+@pytest.mark.parametrize("how", ["truncated rows", "lost rows", "other rows", "truncated cell"])
+def test_what_is_damaged_is_noticed_and_computed_again(whole, tmp_path, how):
+    file, out = whole
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
+    folder = Folder(copy)
+    key = next(k for k in folder.stored() if folder.read(k)[1])
+    rows, cell = copy / "rows" / f"{key}.jsonl.gz", copy / "cells" / f"{key}.json"
+    if how == "truncated rows":
+        rows.write_bytes(rows.read_bytes()[:-100])
+    elif how == "lost rows":
+        rows.unlink()
+    elif how == "other rows":
+        text = gzip.decompress(rows.read_bytes()).splitlines(keepends=True)
+        rows.write_bytes(gzip.compress(b"".join(text[1:])))
+    else:
+        cell.write_text(cell.read_text()[:40])
+    refuses(lambda: compare([str(copy)]), key, "truncated or damaged", "--resume")
+    (note,) = run(file, copy, resume=True)
+    assert key in note and "computed again" in note
+    assert content(copy) == content(out)
+
+
+def test_another_configuration_is_refused(whole, tmp_path):
+    file, out = whole
+    other = config(tmp_path, steps=7)
+    refuses(lambda: run(other, out, resume=True), "another configuration", "backend.steps was 6, now 7")
+    fewer = config(tmp_path, methods=METHODS[:2])
+    refuses(lambda: run(fewer, out, resume=True), "another configuration", "methods")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("mine")
+    refuses(lambda: run(file, tmp_path / "full"), "empty or a results folder")
+    (tmp_path / "full" / "manifest.json").write_text("{")
+    refuses(lambda: run(file, tmp_path / "full"), "not a manifest")
+    refuses(lambda: compare([str(tmp_path)]), "holds no results")
+    # How results are told may change.
+    told = config(tmp_path, **{'reference = "mpa"': 'reference = "code"'})
+    assert run(told, out, resume=True) == [] and Folder(out).manifest()["report"]["reference"] == "code"
+    assert run(file, out, resume=True) == []
+
+
+def test_tables_come_back_from_rows_alone(whole, tmp_path, monkeypatch, capsys):
+    file, _ = whole
+    out = tmp_path / "out"
+    assert main([str(file), "--out", str(out)]) == 0
+    names = ["tables.md", "tables.tex", "summary.json", "figures/pareto-1.png"]
+    before = {name: (out / name).read_bytes() for name in names}
+    monkeypatch.setattr("sdeblend.evaluate.config.Plan.backend", None)  # nothing samples
+    assert compare([str(out), "--out", str(tmp_path / "again")]) == 0
+    assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
+    text = before["tables.md"].decode()
+    assert "n = 60 samples a method in 2 block(s)" in text and "probabilities" in text and "model calls" in text
+    assert capsys.readouterr().out.count("tables.md") == 2
+
+
+def test_methods_that_ran_apart_are_told_together(whole, tmp_path):
+    _, out = whole
+    for name in METHODS:
+        run(config(tmp_path, methods=[name], **{'reference = "mpa"': ""}), tmp_path / name)
+    assert compare([*(str(tmp_path / name) for name in METHODS), "--out", str(tmp_path / "all")]) == 0
+    assert compare([str(out), "--out", str(tmp_path / "one")]) == 0
+    together, one = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("all", "one"))
+    for group, other in zip(together["groups"], one["groups"], strict=True):
+        for method, numbers in group["methods"].items():
+            assert numbers["weighted"] == other["methods"][method]["weighted"]
+            assert numbers.get("win_rate") == other["methods"][method].get("win_rate")
+
+
+def test_a_method_that_diverges_is_told_and_the_rest_goes_on(tmp_path):
+    text = "[methods.guidance]\nscale = 1e39\n[report]"
+    file = config(tmp_path, methods=["mpa", "guidance"], **{"[report]": text})
+    notes = run(file, tmp_path / "out")
+    assert len(notes) == 8 and all("guidance on ring8" in note and "finite" in note for note in notes)
+    compare([str(tmp_path / "out")])
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert "failed: the state must stay finite" in table
+
+
+def test_a_run_that_is_not_finished_is_told_as_far_as_it_pairs(tmp_path):
+    file = config(tmp_path, methods=["mpa", "mpa-corrected"])
+    run(file, tmp_path / "out")
+    folder = Folder(tmp_path / "out")
+    last = max(folder.stored(), key=lambda key: folder.read(key)[0]["index"])
+    (tmp_path / "out" / "cells" / f"{last}.json").unlink()
+    compare([str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(g["n"], g["incomplete"]) for g in summary["groups"]] == [(60, False)] * 3 + [(30, True)]
+    assert "not finished" in (tmp_path / "out" / "tables.md").read_text()
