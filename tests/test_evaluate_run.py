@@ -180,7 +180,7 @@ def test_tables_come_back_from_rows_alone(whole, tmp_path, monkeypatch, capsys):
     file, _ = whole
     out = tmp_path / "out"
     assert main([str(file), "--out", str(out)]) == 0
-    names = ["tables.md", "tables.tex", "summary.json", "figures/pareto-1.png"]
+    names = ["tables.md", "tables.tex", "summary.json", "figures/pareto.png"]
     before = {name: (out / name).read_bytes() for name in names}
     monkeypatch.setattr("sdeblend.evaluate.config.Plan.backend", None)  # nothing samples
     assert compare([str(out), "--out", str(tmp_path / "again")]) == 0

@@ -161,8 +161,7 @@ def pareto_front(points: Array) -> np.ndarray:
     """Return which points (n, m) no other point dominates, all maximised, bool (n,); of equal points all count."""
     at_least = (points[:, None] >= points[None]).all(2)
     better = (points[:, None] > points[None]).any(2)
-    front: np.ndarray = ~(at_least & better).any(0)
-    return front
+    return np.asarray(~(at_least & better).any(0))
 
 
 def hypervolume(points: Array, reference: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from sdeblend.evaluate.summary import label
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
 _LINES: Final = ("-", "--", "-.")
 _MARKERS: Final = "osD^vPX*"
+SHOWN: Final = 6
 Curve = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 
 
@@ -34,17 +35,16 @@ def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
         for i, name in enumerate(names)
     }
     out = {}
-    for place, front in enumerate(summary["fronts"]):
-        if len(front["rewards"]) == 2:
-            suffix = f"-{place + 1}" if len(summary["fronts"]) > 1 else ""
-            out[f"pareto{suffix}"] = _bytes(_pareto(front, styles))
+    fronts = [front for front in summary["fronts"] if len(front["rewards"]) == 2]
+    if fronts:
+        out["pareto"] = _bytes(_pareto(fronts[:SHOWN], styles))
     axis = _axis(summary["groups"])
     if axis is not None:
         distances = dict.fromkeys(
             name for group in summary["groups"] for m in group["methods"].values() for name in m["distances"]
         )
         for name in distances:
-            figure = _curves(summary, axis, styles, name, lambda m, name=name: m["distances"].get(name))
+            figure = _curves(summary, axis, styles, name, _distance(name))
             out[f"{name.lower().replace(' ', '-')}-by-{axis}"] = _bytes(figure)
         out[f"reward-by-{axis}"] = _bytes(_curves(summary, axis, styles, "mean r(w)", lambda m: m["weighted"]))
     if any("win_rate" in m for group in summary["groups"] for m in group["methods"].values()):
@@ -103,20 +103,26 @@ def _curves(
     return figure
 
 
-def _pareto(front: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure, (axes,) = _panels(1, width=6.5, height=4.6)
-    for name, method in front["methods"].items():
-        points = np.array(method["points"])
-        points = points[np.argsort(points[:, 0])]
-        axes.plot(points[:, 0], points[:, 1], label=label(name), markersize=5, linewidth=1.2, **styles[name])
-    first, second = front["rewards"]
-    axes.set(xlabel=f"mean {first}", ylabel=f"mean {second}", title=f"{front['group']}, strength {front['strength']:g}")
-    _legend(figure, axes)
+def _distance(name: str) -> Curve:
+    return lambda method: method["distances"].get(name)
+
+
+def _pareto(fronts: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
+    figure, panels = _panels(len(fronts), *((6.5, 4.6) if len(fronts) == 1 else (4.6, 3.6)))
+    for axes, front in zip(panels, fronts, strict=True):
+        for name, method in front["methods"].items():
+            points = np.array(method["points"])
+            points = points[np.argsort(points[:, 0])]
+            axes.plot(points[:, 0], points[:, 1], label=label(name), markersize=5, linewidth=1.2, **styles[name])
+        first, second = front["rewards"]
+        axes.set(xlabel=f"mean {first}", ylabel=f"mean {second}")
+        axes.set_title(f"{front['group']}, strength {front['strength']:g}", fontsize=9)
+    _legend(figure, panels[0])
     return figure
 
 
 def _win_rates(summary: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
-    groups = [g for g in summary["groups"] if any("win_rate" in m for m in g["methods"].values())][:6]
+    groups = [g for g in summary["groups"] if any("win_rate" in m for m in g["methods"].values())][:SHOWN]
     count = max(len(g["methods"]) for g in groups)
     figure, panels = _panels(len(groups), height=0.9 + 0.22 * count)
     for axes, group in zip(panels, groups, strict=True):
