@@ -5,25 +5,51 @@
 * a ``Network`` pre-trained on the mixture, tuned by a low-rank difference: the small image of a LoRA on a UNet;
 * the exact eps of the mixture, tuned by a residual network that starts at zero: then nothing but the trainer errs.
 
+``build`` is the backend ``kind = "mixture"`` of ``sdeblend finetune``:
+
+    [model]
+    kind = "mixture"
+    problem = "ring8"               # of toy.problems; its rewards are those to choose from
+    base = "network"                # or "exact"
+    network = "ring8.safetensors"   # pre-trained weights; pre-trained and written there if there are none
+    rank = 8
+
 Source: Hu et al. 2106.09685.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Condition
+from sdeblend.finetune.reward import Reward
 from sdeblend.io import write_atomically
-from sdeblend.schedule import NoiseSchedule
+from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import Parametrisation
 from toy.mixture import GaussianMixture
-from toy.network import Network, add_low_rank, for_mixture, low_rank_layers
+from toy.network import Network, add_low_rank, for_mixture, load_network, low_rank_layers, pretrain, save_network
+from toy.problems import PROBLEMS
+from toy.rewards import QuadraticReward
+
+_NAMES: Any = Literal[tuple(PROBLEMS)]
+_SCHEDULES: Any = Literal[tuple(SCHEDULES)]
+_BASES: Any = Literal["network", "exact"]
+_TABLE: Spec = {
+    "problem": (_NAMES, REQUIRED),
+    "base": (_BASES, "network"),
+    "network": (str, None),
+    "pretrain_steps": (int, 3000),
+    "rank": (int, 8),
+    "width": (int, 128),
+    "schedule": (_SCHEDULES, "vp-linear"),
+}
 
 
 class ExactEps(nn.Module):
@@ -176,3 +202,40 @@ class TunedScore:
         times = torch.as_tensor(t, dtype=torch.float64).expand(len(x))
         with torch.no_grad():
             return (-self.predict(x.float(), times) / float(self.model.schedule.sigma(t))).to(x.dtype)
+
+
+def reward_of(quadratic: QuadraticReward) -> Reward:
+    """Return a quadratic reward as trainers call it, (samples, condition) -> (B,)."""
+    return lambda samples, condition: quadratic(samples)
+
+
+def build(
+    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+) -> tuple[MixtureTunable, dict[str, Reward]]:
+    """Build the model of a ``[model]`` table and its rewards; see ``sdeblend.finetune.config.Builder``.
+
+    Raises:
+        ValueError: for a key, a problem or a reward that does not exist, or weights of another network.
+    """
+    settings = check_keys(table, _TABLE, file=file, section="[model]")
+    for key in ("pretrain_steps", "rank", "width"):
+        if settings[key] < 1:
+            raise ValueError(f"{file}: [model] {key} must be at least 1, got {settings[key]}")
+    problem, schedule = PROBLEMS[settings["problem"]](), SCHEDULES[settings["schedule"]]()
+    for name in rewards:
+        if name not in problem.rewards:
+            raise ValueError(f"{file}: [rewards] {problem.name} has {', '.join(problem.names)}, got {name!r}")
+    network = None
+    if settings["base"] == "network":
+        network = for_mixture(problem.base, schedule, seed=0, width=settings["width"])
+        place = settings["network"]
+        if place is not None and Path(place).exists():
+            load_network(network, place)
+        else:
+            pretrain(network, problem.base, steps=settings["pretrain_steps"])
+            if place is not None:
+                save_network(network, place)
+    model = MixtureTunable(
+        problem.base, schedule, network, rank=settings["rank"], width=settings["width"], seed=seed
+    )
+    return model, {name: reward_of(problem.rewards[name]) for name in rewards}

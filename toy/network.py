@@ -14,13 +14,16 @@ Source: Karras et al. 2206.00364, table 1 (preconditioning); Hu et al. 2106.0968
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sdeblend.finetune.model import noised, per_row
+from sdeblend.io import write_atomically
 from sdeblend.schedule import NoiseSchedule
 from toy.mixture import GaussianMixture
 
@@ -178,3 +181,26 @@ def pretrain(
     network.load_state_dict(average.module.state_dict())
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
+
+
+def save_network(network: Network, path: str | os.PathLike[str]) -> None:
+    """Write the weights of a network without differences as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    write_atomically(path, save({name: value.contiguous() for name, value in network.state_dict().items()}))
+
+
+def load_network(network: Network, path: str | os.PathLike[str]) -> None:
+    """Take weights that ``save_network`` wrote.
+
+    Raises:
+        ValueError: for a file of other names, shapes, or no safetensors file at all.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        network.load_state_dict(load(Path(path).read_bytes()))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} must hold weights of this network, got another file ({reason}); delete it") from None
