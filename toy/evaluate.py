@@ -8,6 +8,7 @@
     draws = [0, 1, 2]               # "random" only: its seeds; the draws of one size are replicates of each other
     dim = 2                         # "random" and "high_dimension"
     solver = "dpm-2m-sde"           # a name of sdeblend.STEPS, with spacing and steps
+    scores = "exact"                # or "learned": networks with low-rank members (toy.learned), with rank, train_steps
 
 Distances to the exact target: total variation of the mode weights, sliced W2 to a large exact sample, and on a line
 KL(samples || target) over 40 bins of equal probability under the target; each with what exact samples give.
@@ -62,6 +63,9 @@ _TABLE: Spec = {
     "solver": (Literal[tuple(STEPS)], "dpm-2m-sde"),
     "spacing": (_SPACINGS, "log-snr"),
     "steps": (int, 50),
+    "scores": (Literal["exact", "learned"], "exact"),
+    "rank": (int, 8),
+    "train_steps": (int, 2000),
 }
 
 
@@ -84,17 +88,25 @@ class MixtureBackend:
     Args:
         posed: by variant.
         variants: what tells them apart.
-        settings: schedule, solver, spacing and steps.
+        settings: schedule, solver, spacing, steps, and what scores are.
+        seed: of networks.
     """
 
     prompts: Sequence[str] = ("",)
     identity: Mapping[str, Any] = {}
 
-    def __init__(self, posed: Mapping[str, Posed], variants: Sequence[Variant], settings: Mapping[str, Any]) -> None:
-        self.posed, self.variants, self.settings = dict(posed), list(variants), dict(settings)
+    def __init__(
+        self, posed: Mapping[str, Posed], variants: Sequence[Variant], settings: Mapping[str, Any], seed: int = 0
+    ) -> None:
+        self.posed, self.variants, self.settings, self.seed = dict(posed), list(variants), dict(settings), seed
+        self._bases: dict[bytes, Any] = {}
 
     def case(self, variant: str, prompt: str) -> MixtureCase:
         """Return a problem by name; there are no prompts."""
+        if self.settings["scores"] == "learned":
+            from toy.learned import LearnedCase  # which builds on this module
+
+            return LearnedCase(self.posed[variant], variant, self.settings, self.seed, self._bases)
         return MixtureCase(self.posed[variant], variant, self.settings)
 
 
@@ -298,7 +310,7 @@ def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.de
     for name in settings["problems"]:
         if name not in known:
             raise ValueError(f"{file}: [backend] problems must be of {', '.join(known)}, got {name!r}")
-    for key, low in (("steps", 2), ("dim", 0), ("components", 0)):
+    for key, low in (("steps", 2), ("dim", 0), ("components", 0), ("rank", 1), ("train_steps", 10)):
         if settings[key] < low:
             raise ValueError(f"{file}: [backend] {key} must be at least {low}, got {settings[key]}")
     if not settings["problems"] or not settings["rewards"] or not settings["draws"] or min(settings["rewards"]) < 1:
@@ -322,7 +334,7 @@ def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.de
                     variants.append(Variant(variant, one.problem.names, values, together))
     if len(posed) != len(variants):
         raise ValueError(f"{file}: [backend] must name no problem, KL weight, number of rewards or draw twice")
-    return MixtureBackend(posed, variants, settings)
+    return MixtureBackend(posed, variants, settings, seed)
 
 
 def _at(problem: Problem, kl_weight: float, file: str) -> Problem:
