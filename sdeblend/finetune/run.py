@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -116,14 +118,14 @@ def train(
     try:
         with tensorboard(accelerator, trainer.iteration) as log:
             for metrics in _rounds(trainer, iterations):
-                if trainer.workers.main:
-                    with (folder / METRICS).open("a", encoding="utf-8") as stream:
-                        stream.write(json.dumps({"iteration": trainer.iteration, **metrics}, allow_nan=False) + "\n")
-                log(metrics, trainer.iteration)
-                if trainer.iteration % checkpoint_every == 0 or trainer.iteration == iterations:
-                    checkpoint.write(folder / CHECKPOINT, trainer, configuration)
-                    save_member(trainer, folder)
-                    kept = trainer.iteration
+                with undisturbed():
+                    if trainer.workers.main:
+                        note(folder / METRICS, {"iteration": trainer.iteration, **metrics})
+                    log(metrics, trainer.iteration)
+                    if trainer.iteration % checkpoint_every == 0 or trainer.iteration == iterations:
+                        checkpoint.write(folder / CHECKPOINT, trainer, configuration)
+                        save_member(trainer, folder)
+                        kept = trainer.iteration
     except FloatingPointError as error:
         good = f"the member of iteration {kept} is kept in {folder / MEMBER}" if kept else "no member was kept yet"
         raise FloatingPointError(f"{error}; {good}") from error
@@ -148,6 +150,12 @@ def default_configuration(trainer: Trainer) -> dict[str, Any]:
     settings = {f"trainer.{k}": "inf" if v == math.inf else v for k, v in dataclasses.asdict(trainer.settings).items()}
     rewards = {f"rewards.{name}": weight for name, weight in trainer.reward.weights.items()}
     return settings | rewards | {"trainer.name": trainer.name, "base": trainer.model.identity()}
+
+
+def note(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a file of metrics."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(entry, allow_nan=False) + "\n")
 
 
 def forget(path: Path, iteration: int) -> None:
@@ -241,5 +249,26 @@ def tensorboard(accelerator: Accelerator | None, done: int) -> Iterator[Log]:
     try:
         yield lambda metrics, step: accelerator.log(metrics, step=step)
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with undisturbed():
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold an interrupt from the keyboard back to the end of a block.
+
+    In the middle of what TensorBoard's queue does it would leave a lock behind that its end then waits for.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
