@@ -91,7 +91,7 @@ def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps:
     generator = torch.Generator().manual_seed(seed + 1)
     start = time.perf_counter()
     captions = [caption(scene) for scene in mentioned]
-    images = generate(pipe, captions, generator, steps=steps, guidance=GUIDANCE)
+    images = generate(pipe, captions, generator, steps=steps, guidance=GUIDANCE, hide=None)
     seconds = time.perf_counter() - start
     drawings = draw(scenes, generator)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from tqdm import tqdm
 from transformers import CLIPTextModel
 
 from stablediffusion.small.networks import scheduler
@@ -68,6 +69,7 @@ def generate(
     steps: int = 50,
     guidance: float = 3.0,
     batch: int = 64,
+    hide: bool | None = True,
 ) -> Tensor:
     """Generate one image for each caption with DDIM, eta 0.
 
@@ -78,6 +80,7 @@ def generate(
         steps: of DDIM.
         guidance: scale of classifier-free guidance.
         batch: captions at once.
+        hide: True for no progress bar, None for one on a terminal.
 
     Returns:
         images in -1..1, [n, 3, 32, 32].
@@ -85,6 +88,6 @@ def generate(
     images = [
         pipe(list(captions[i : i + batch]), num_inference_steps=steps, guidance_scale=guidance, generator=generator,
              output_type="pt").images
-        for i in range(0, len(captions), batch)
+        for i in tqdm(range(0, len(captions), batch), desc="images", unit="batch", disable=hide)
     ]  # fmt: skip
     return 2 * torch.cat(images) - 1
