@@ -32,7 +32,7 @@ from stablediffusion.adapters import AdapterSwitch, check_unfused
 from stablediffusion.components import denoiser_of, lora_components
 from stablediffusion.identity import base_identity
 from stablediffusion.inputs import decode_latents, denoiser_arguments, image_size
-from stablediffusion.lora import ABOUT, no_false_alarms, save_lora
+from stablediffusion.lora import ABOUT, no_false_alarms, read_lora, save_lora
 from stablediffusion.prompts import Draw, Encoder, PromptCondition, prompt_source
 from stablediffusion.schedulers import schedule_of, timestep_of
 
@@ -164,6 +164,28 @@ class PipelineTunable:
         """Write the adapter as ``load_members`` reads it, with string metadata named ``sdeblend.*``."""
         about = {key.removeprefix(ABOUT): value for key, value in metadata.items()} | {"guidance": repr(self.guidance)}
         return save_lora(self.pipe, path, ADAPTER, about=about, dtype=self.save_dtype)
+
+    def load(self, path: str | Path) -> None:
+        """Set the adapter to that of a saved member of the same rank, alpha and layers, to measure it or to go on.
+
+        Raises:
+            ValueError: for a file of another adapter; nothing is changed then.
+        """
+        component = denoiser_of(self.pipe)[0]
+        file = read_lora(path).qualified(component)
+        given = {key.removeprefix(f"{component}.").removesuffix(".weight"): t for key, t in file.tensors.items()}
+        metadata, config = file.metadata or {}, self.network.peft_config[ADAPTER]
+        scale = metadata.get(f"{component}.lora_alpha", config.lora_alpha), metadata.get(f"{component}.r", config.r)
+        own = {name: factor.shape for name, factor in self._parameters.items()}
+        if own != {name: t.shape for name, t in given.items()} or scale != (config.lora_alpha, config.r):
+            raise ValueError(
+                f"a member to load must have rank {config.r}, alpha {config.lora_alpha:g} and {len(own)} factors, got "
+                f"rank {scale[1]}, alpha {scale[0]:g} and {len(given)} factors in {path}; build the "
+                "model with the settings it was tuned with"
+            )
+        with torch.no_grad():
+            for name, factor in self._parameters.items():
+                factor.copy_(given[name])
 
     def identity(self) -> str:
         """Return a text that tells the denoiser's own weights from any others."""

@@ -16,6 +16,7 @@ from sdeblend.finetune.reward import WeightedReward
 from stablediffusion import load_lora, load_members, pipeline_score, read_lora, save_lora, scheduler_grid
 from stablediffusion.finetune import build
 from stablediffusion.identity import base_identity, same_base
+from stablediffusion.prompts import PromptCondition
 from stablediffusion.rewards import REWARDS, colourfulness, find_reward, jpeg_size
 from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
 from stablediffusion.tunable import ADAPTER, PipelineTunable
@@ -144,13 +145,13 @@ def test_untrained_chain_is_the_pipelines_own_ddim(family, guidance):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_one_iteration_of_each_trainer(name):
     """Changes the adapter and nothing else."""
-    pytest.importorskip(f"sdeblend.finetune.{TRAINERS[name][0]}")
     kind, settings = trainer_of(name)
     model = tunable(layers=("attention",))
     x, t, condition = batch(model)
     base, before = model.base(x, t, condition), {k: p.detach().clone() for k, p in model.trainable().items()}
     reward = WeightedReward({"vivid": find_reward("vivid")})
-    trainer = kind(model, reward, settings(kl_weight=0.1, groups=2, group_size=2, steps=3, learning_rate=1e-2))
+    few = {"dpok": {"updates": 1, "batch": 4, "value_updates": 1, "value_batch": 4}}.get(name, {})
+    trainer = kind(model, reward, settings(kl_weight=0.1, groups=2, group_size=2, steps=3, learning_rate=1e-2, **few))
     metrics = trainer.iterate()
     assert {"reward", "kl", "loss"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values())
@@ -181,6 +182,20 @@ def test_saved_member_is_the_tuned_network(family, tmp_path):
     again = save_lora(other.pipe, tmp_path / "d.safetensors", "a", about=read_lora(path).about, dtype=torch.float16)
     assert read_lora(again).about == read_lora(path).about
     assert again.stat().st_size < path.stat().st_size
+
+
+def test_saved_member_is_loaded_again(tmp_path):
+    model = changed(tunable(rank=2, alpha=6.0))
+    x, t, condition = batch(model)
+    path = model.save(tmp_path / "a.safetensors", {})
+    other = tunable(rank=2, alpha=6.0)
+    other.load(path)
+    assert torch.equal(other.tuned(x, t, condition), model.tuned(x, t, condition))
+    assert (other.tuned(x, t, condition) - other.base(x, t, condition)).abs().max() > 1e-3
+    for options in ({"rank": 4, "alpha": 6.0}, {"rank": 2}, {"rank": 2, "alpha": 6.0, "layers": ("attention",)}):
+        fresh = tunable(**options)
+        refuses(lambda fresh=fresh: fresh.load(path), "a member to load must have rank")
+        assert torch.equal(fresh.tuned(x, t, condition), fresh.base(x, t, condition))
 
 
 def read_about(path):
@@ -281,6 +296,20 @@ def test_jpeg_size_and_colourfulness():
     assert bool(grey.grad.isfinite().all())
     x = noise.double().requires_grad_()
     assert torch.autograd.gradcheck(colourfulness, x[..., :4, :4])
+
+
+def test_alignment_is_of_what_the_prompt_asks():
+    """The caption that was drawn scores above another; an empty prompt asks for nothing."""
+    from stablediffusion.small.drawing import draw
+    from stablediffusion.small.scenes import parse
+
+    prompts = ("a large red circle in the center on a plain blue background", "a green cross on a white background", "")
+    scene = parse(prompts[0])
+    images = ((draw([scene] * 3) + 1) / 2).requires_grad_()
+    values = find_reward("align")(images, PromptCondition(prompts, (), torch.arange(3)))
+    assert values[0] > -0.5 and values[1] < values[0] - 5 and values[2] == 0
+    values.sum().backward()
+    assert images.grad.flatten(1).abs().sum(1)[:2].min() > 0
 
 
 def test_rewards_by_name():
