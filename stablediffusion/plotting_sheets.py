@@ -93,10 +93,11 @@ def curves_figure(
         figure = Figure(figsize=(6, 3.4), layout="constrained")
         axes = figure.subplots()
         for k, (name, (positions, values, errors)) in enumerate(curves.items()):
-            reference = {"color": "black", "linestyle": "--"}
-            style = reference if name in dashed else {"color": COLOURS[k % len(COLOURS)], "marker": "o"}
             bars = None if errors is None else [2 * error for error in errors]
-            axes.errorbar(positions, values, yerr=bars, label=name, markersize=4, capsize=2, **style)
+            colour, line = ("black", "--") if name in dashed else (COLOURS[k % len(COLOURS)], "-")
+            axes.errorbar(
+                positions, values, yerr=bars, label=name, color=colour, linestyle=line, marker="o", markersize=4, capsize=2
+            )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.set_title(title)

@@ -1,66 +1,62 @@
-"""Tune the bundled model's members, and measure them.
+"""Tune the bundled model's members, at a KL weight that is known because their targets are sampled exactly.
 
-    python -m stablediffusion.small.members [--only NAME ...] [--out DIR] [--resume] [--measure]
+    python -m stablediffusion.small.members [--only NAME ...] [--out DIR] [--measure]
 
-Each member is the tilt p_base exp(r / kl_weight) / Z, found by the regression trainer on captions as the base was
-trained on. Rewards are standardised: r = sum_i w_i r_i / sd_i, sd_i the base's
-standard deviation over such captions, so that kl_weight is in standard deviations and the same for all but one:
+The base was trained on drawings, and drawings cost nothing. So the tilt given a caption c,
 
-    compress, vivid, align     one reward each
-    compress-half              compress at twice the kl_weight: half its strength
-    compress+vivid             their sum at twice the kl_weight, which is r(1/2) at kl_weight: the pair of second order
-    compress25-vivid75, ...    r(w) = w compress + (1 - w) vivid itself: what a blend is compared with
+    p(x | c) exp(r(x) / kl_weight) / Z(c),
 
-``compress50-vivid50`` has the target of ``compress+vivid`` and another seed: how far two runs of the trainer differ.
+can be sampled: draw many scenes that the caption leaves open, score them, keep one with probability proportional to
+exp(r / kl_weight). A member is a LoRA trained on such drawings by the base's own loss: no trainer's bias or noise
+stands between it and the KL weight (those of the trainers of ``sdeblend.finetune`` are measured on mixtures). What is
+left is that the base is not the drawings' law itself. ``control`` is a LoRA trained alike on drawings that are not
+tilted, so that its distance to the base is what training longer does; it is measured and not shipped.
 
-Tuning is without guidance: the regression needs a base whose prediction is the score of its own samples, noised. One
-group in eight has an empty caption, for which the alignment is 0. With guidance g, p(x|c)^g p(x)^(1-g), the factor
-exp(r / kl_weight) of both branches appears to the power g + 1 - g = 1, so that the guided member is the guided base's
-tilt at the same kl_weight, as far as guidance is such a product at all (for align: at kl_weight / g).
+Rewards are standardised, r = sum_i w_i r_i / sd_i with sd_i the standard deviation over drawings, so that kl_weight is
+in standard deviations and the same for all but one:
 
-A run's folder under DIR holds its checkpoints. Measured on other captions and noise, 50 ancestral steps, at guidance 1
-and at ``GUIDANCE``: rewards before and after in sd, KL of the chain from the base's in nats, the scorer's accuracies.
+    compress, vivid          one reward each
+    compress-half            compress at twice the kl_weight: half its strength
+    morl-0.25, ...           r(w) = (1 - w) compress + w vivid itself: what a blend is compared with
+
+``morl-0.50`` is also the pair of second order (``sdeblend.baselines.interpolation``): compress + vivid at twice the
+kl_weight is r(1/2) at kl_weight.
+
+Source: Andrieu et al. 2003 (importance resampling); Rame et al. 2306.04488 (weights between rewards).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from sdeblend.finetune.chain import Chain, draw_noise
-from sdeblend.finetune.regression import RegressionSettings, RewardRegression
-from sdeblend.finetune.reward import WeightedReward
-from sdeblend.finetune.run import METRICS, train
-from sdeblend.grid import time_grid
+from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import GUIDANCE, MEMBERS, SMALL
-from stablediffusion.finetune import training_captions
-from stablediffusion.lora import load_lora, remove_adapter
-from stablediffusion.prompts import Draw, PromptCondition
-from stablediffusion.rewards import find_reward
+from stablediffusion.bundled import MEMBERS, SMALL
+from stablediffusion.prompts import PromptCondition
+from stablediffusion.rewards import colourfulness, jpeg_size
 from stablediffusion.small import load_small
-from stablediffusion.small.evaluate import accuracies
-from stablediffusion.small.scenes import parse
-from stablediffusion.tunable import ADAPTER, Layers, PipelineTunable
+from stablediffusion.small.drawing import draw
+from stablediffusion.small.scenes import Scene, caption, complete, held_out, mention, sample_scenes
+from stablediffusion.tunable import Layers, PipelineTunable
 
 RESULTS = SMALL / "members.json"
-REWARDS = ("compress", "vivid", "align")
-KL_WEIGHT = 0.5
-RANK = 8
+KL_WEIGHT = 0.125
+RANK = 6
 LAYERS: tuple[Layers, ...] = ("attention", "feed-forward", "convolutions")
-ITERATIONS = 12
-EMPTY = 1 / 8
-_STEPS = 50
-_IMAGES = 256
-_BATCH = 64
+CAPTIONS, CANDIDATES, KEPT = 1600, 384, 6
+STEPS, BATCH, LEARNING_RATE, WARM_UP, AVERAGE = 450, 32, 1e-3, 30, 0.98
+# As often as in the base's training: guidance needs the tilt without a caption too.
+EMPTY = 0.1
 
 
 @dataclass(frozen=True)
@@ -69,188 +65,167 @@ class Recipe:
 
     Attributes:
         weights: of the standardised rewards.
-        kl_weight: in standard deviations.
-        seed: of the run.
+        kl_weight: in standard deviations; infinity for no tilt.
     """
 
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float]
     kl_weight: float = KL_WEIGHT
-    seed: int = 0
 
 
 RECIPES: Mapping[str, Recipe] = {
     "compress": Recipe({"compress": 1.0}),
     "vivid": Recipe({"vivid": 1.0}),
-    "align": Recipe({"align": 1.0}),
+    "morl-0.50": Recipe({"compress": 0.5, "vivid": 0.5}),
     "compress-half": Recipe({"compress": 1.0}, 2 * KL_WEIGHT),
-    "compress+vivid": Recipe({"compress": 1.0, "vivid": 1.0}, 2 * KL_WEIGHT),
-    "compress25-vivid75": Recipe({"compress": 0.25, "vivid": 0.75}),
-    "compress50-vivid50": Recipe({"compress": 0.5, "vivid": 0.5}, seed=1),
-    "compress75-vivid25": Recipe({"compress": 0.75, "vivid": 0.25}),
+    "morl-0.25": Recipe({"compress": 0.75, "vivid": 0.25}),
+    "morl-0.75": Recipe({"compress": 0.25, "vivid": 0.75}),
+    "control": Recipe({"compress": 0.0}, float("inf")),
 }
 
 
-def settings(recipe: Recipe) -> RegressionSettings:
-    """Return the trainer's settings: what differs between members is target and seed."""
-    return RegressionSettings(
-        kl_weight=recipe.kl_weight,
-        groups=8,
-        group_size=8,
-        steps=16,
-        learning_rate=2e-3,
-        ema_decay=0.9,
-        micro_batch=128,
-        copies=4,
-        epochs=3,
-        seed=recipe.seed,
+def rewards_of(images: Tensor) -> dict[str, Tensor]:
+    """Return the rewards of images (B, 3, H, W) in [0, 1]: minus the JPEG size in kB, and colourfulness."""
+    return {"compress": -jpeg_size(images), "vivid": colourfulness(images)}
+
+
+def scales(count: int = 4096, seed: int = 1) -> dict[str, float]:
+    """Return the standard deviation of each reward over drawings of the training's scenes."""
+    generator = torch.Generator().manual_seed(seed)
+    images = (draw(sample_scenes(count, generator), generator) + 1) / 2
+    return {name: float(values.std()) for name, values in rewards_of(images).items()}
+
+
+def candidates(mentioned: Scene, count: int, generator: torch.Generator) -> list[Scene]:
+    """Draw complete scenes that a caption leaves open, none of them held out."""
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        draws = torch.rand((count, 24), generator=generator, dtype=torch.float64).tolist()
+        drawn = [complete(mentioned, iter(row)) for row in draws]
+        scenes += [scene for scene in drawn if not held_out(scene)]
+    return scenes[:count]
+
+
+def tilted_drawings(names: Sequence[str], seed: int = 2) -> tuple[list[str], dict[str, Tensor], dict[str, float]]:
+    """Draw the members' training pictures: of each caption ``KEPT`` of ``CANDIDATES`` drawings, kept by their weights.
+
+    Args:
+        names: of the recipes.
+        seed: of everything drawn.
+
+    Returns:
+        the captions; recipe -> pictures, uint8 (captions, KEPT, 3, H, W); recipe -> KL of the tilt, nats a caption.
+    """
+    generator, spread = torch.Generator().manual_seed(seed), scales()
+    captions: list[str] = []
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    nats = dict.fromkeys(names, 0.0)
+    scenes = mention(sample_scenes(CAPTIONS, generator), generator)
+    empty = (torch.rand(CAPTIONS, generator=generator) < EMPTY).tolist()
+    for scene, drop in zip(tqdm(scenes, desc="tilted drawings", disable=None), empty, strict=True):
+        mentioned = Scene(()) if drop else scene
+        captions.append("" if drop else caption(scene))
+        images = (draw(candidates(mentioned, CANDIDATES, generator), generator) + 1) / 2
+        values = rewards_of(images)
+        for name in names:
+            recipe = RECIPES[name]
+            total = torch.stack([w / spread[k] * values[k] for k, w in recipe.weights.items()]).sum(0)
+            probabilities = (total.double() / recipe.kl_weight).softmax(0)
+            chosen = torch.multinomial(probabilities, KEPT, replacement=True, generator=generator)
+            kept[name].append((255 * images[chosen]).round().to(torch.uint8))
+            nats[name] += float((probabilities * (probabilities.clamp_min(1e-300) * CANDIDATES).log()).sum())
+    return captions, {k: torch.stack(v) for k, v in kept.items()}, {k: v / CAPTIONS for k, v in nats.items()}
+
+
+def tunable(pipe: Any, seed: int = 0) -> PipelineTunable:
+    """Return the bundled pipeline, without guidance, as what is tuned."""
+    return PipelineTunable(
+        pipe, [""], rank=RANK, layers=LAYERS, batch=64, decode_batch=64, save_dtype=torch.float16, seed=seed
     )
 
 
-def tune(name: str, scales: Mapping[str, float], out: Path, *, resume: bool, iterations: int = ITERATIONS) -> Path:
-    """Tune a member and copy it to the package.
+def tune(name: str, captions: Sequence[str], pictures: Tensor, seed: int = 3) -> Path:
+    """Train a member on its pictures and write it into the package.
 
     Args:
         name: of the recipe.
-        scales: reward -> standard deviation of the base.
-        out: folder of the runs.
-        resume: go on with the run that is there.
-        iterations: of the trainer.
+        captions: (N,).
+        pictures: uint8 (N, KEPT, 3, H, W).
+        seed: of batches, times and noise.
 
     Returns:
         the member's file.
     """
+    generator = torch.Generator().manual_seed(seed)
+    pipe = load_small()
+    model = tunable(pipe)
+    parameters = list(model.trainable().values())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
+    for step in tqdm(range(STEPS), desc=name, disable=None):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / STEPS))
+        row = torch.randint(len(captions), (BATCH,), generator=generator)
+        images = pictures[row, torch.randint(KEPT, (BATCH,), generator=generator)]
+        condition = model.condition([captions[i] for i in row.tolist()])
+        loss = denoising_loss(model, images.float() / 127.5 - 1, condition, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - AVERAGE)
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
     recipe = RECIPES[name]
-    model = tunable(load_small(), recipe.seed)
-    weights = {reward: weight / scales[reward] for reward, weight in recipe.weights.items()}
-    reward = WeightedReward({key: find_reward(key) for key in weights}, weights)
-    trainer = RewardRegression(model, reward, settings(recipe))
-    member = train(trainer, out / name, iterations=iterations, checkpoint_every=1, resume=resume)
-    target = MEMBERS / f"{name}.safetensors"
-    write_atomically(target, member.read_bytes())
-    return target
+    about = {
+        "sdeblend.reward": json.dumps(dict(recipe.weights)),
+        "sdeblend.base": model.identity(),
+        "sdeblend.trainer": "tilted drawings",
+    }
+    if recipe.kl_weight < float("inf"):
+        about["sdeblend.kl_weight"] = repr(recipe.kl_weight)
+    MEMBERS.mkdir(exist_ok=True)
+    return model.save(MEMBERS / f"{name}.safetensors", about)
 
 
-def captions(count: int, generator: torch.Generator) -> list[str]:
-    """Draw captions to tune on; one in eight is empty."""
-    drawn = training_captions(count, generator)
-    empty = torch.rand(count, generator=generator) < EMPTY
-    return ["" if e else caption for e, caption in zip(empty.tolist(), drawn, strict=True)]
-
-
-def tunable(pipe: Any, seed: int = 0, guidance: float = 1.0, prompts: Draw = captions) -> PipelineTunable:
-    """Return the bundled pipeline as what is tuned."""
-    return PipelineTunable(
-        pipe, prompts, rank=RANK, layers=LAYERS, guidance=guidance, batch=_BATCH, decode_batch=_BATCH,
-        save_dtype=torch.float16, seed=seed,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def measure(
-    name: str | None, guidance: float = 1.0, images: int = _IMAGES, seed: int = 1
-) -> tuple[dict[str, Any], Tensor]:
-    """Draw images of a member, or of the base, on captions and noise that depend on the seed alone.
+def denoising_loss(
+    model: PipelineTunable, images: Tensor, condition: PromptCondition, generator: torch.Generator
+) -> Tensor:
+    """Return the base's own loss, the mean of |v - v(x, t, caption)|^2 with t uniform on the table.
 
     Args:
-        name: of a member in the package; None for the base.
-        guidance: of member and base.
-        images: how many, one a caption.
-        seed: of captions and noise.
-
-    Returns:
-        means and standard deviations of the rewards, KL of the chain, accuracies; and the images, (B, 3, H, W).
+        model: base and LoRA.
+        images: (B, 3, H, W) in [-1, 1].
+        condition: of the B images.
+        generator: of latents, times and noise.
     """
-    pipe = load_small()
-    model = tunable(pipe, guidance=guidance, prompts=training_captions)
-    if name is not None:
-        remove_adapter(pipe, ADAPTER)
-        load_lora(pipe, MEMBERS / f"{name}.safetensors", ADAPTER)
-    generator = torch.Generator().manual_seed(seed)
-    chain = Chain.of(model, time_grid(model.schedule, _STEPS, "uniform"))
-    condition = model.conditions(images, 1, generator)
-    parts, sums = [], []
-    for rows in torch.arange(images).split(_BATCH):
-        noise = draw_noise(model, chain, slice(0, len(rows)), len(rows), generator)
-        samples, kl = _follow(model, chain, noise, condition.rows(rows), tuned=name is not None)
-        parts.append(model.decode(samples))
-        sums.append(kl)
-    drawn = torch.cat(parts)
-    return {"images": images, "kl": _mean(torch.cat(sums))} | scores(drawn, condition), drawn
-
-
-def _follow(
-    model: PipelineTunable, chain: Chain, noise: Tensor, condition: PromptCondition, *, tuned: bool
-) -> tuple[Tensor, Tensor]:
-    """Return samples of the tuned chain or the base's, and the KL of their steps from the base's, nats (B,)."""
-    x = noise[0] * model.schedule.prior_std()
-    kl = x.new_zeros(len(x))
-    for k in range(len(chain)):
-        index = torch.full((len(x),), k)
-        base = model.base(x, chain.times(index), condition)
-        out = model.tuned(x, chain.times(index), condition) if tuned else base
-        last = k == chain.noisy
-        kl += 0 if last else chain.kl(out, base, index)
-        x = chain.mean(x, out, index) + (0 if last else float(chain.g[k]) * noise[k + 1])
-    return x, kl
-
-
-def scores(images: Tensor, condition: PromptCondition) -> dict[str, Any]:
-    """Return the rewards (mean, standard error, standard deviation) and the accuracies of images in [0, 1]."""
-    rewards = {}
-    for name in REWARDS:
-        values = find_reward(name)(images, condition).double()
-        rewards[name] = _mean(values) | {"sd": round(float(values.std()), 5)}
-    found = accuracies(2 * images - 1, [parse(prompt) for prompt in condition.prompts])
-    return {"rewards": rewards, "accuracy": {k: v for k, v in found.items() if v["n"]}}
-
-
-def _mean(values: Tensor) -> dict[str, float]:
-    error = float(values.double().std()) / math.sqrt(len(values))
-    return {"mean": round(float(values.double().mean()), 5), "error": round(error, 5)}
-
-
-def in_sd(base: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, float]:
-    """Return how far each reward moved, in standard deviations of the base."""
-    before, after = base["rewards"], member["rewards"]
-    return {name: round((after[name]["mean"] - before[name]["mean"]) / before[name]["sd"], 3) for name in REWARDS}
+    vae, schedule = model.pipe.vae, model.schedule
+    with torch.no_grad():
+        clean = vae.encode(images).latent_dist.sample(generator=generator) * vae.config.scaling_factor
+    times = (torch.randint(1000, (len(images),), generator=generator).double() + 1) / 1000
+    eps = torch.randn(clean.shape, generator=generator)
+    v = per_row(schedule.alpha(times), eps) * eps - per_row(schedule.sigma(times), eps) * clean
+    return (model.tuned(noised(schedule, clean, times, eps), times, condition) - v).square().mean()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and measure; return 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("out/small-members"), help="folder of the runs")
-    parser.add_argument("--resume", action="store_true", help="go on with the runs in --out")
     parser.add_argument("--measure", action="store_true", help="measure the members that exist, tune none")
     arguments = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    identity = tunable(load_small()).identity()
-    if results.get("identity") != identity:
-        # another base: what was measured on the last one is void
-        results = {"identity": identity, "base": measured(None), "members": {}}
-        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
-    base = results["base"]
-    scales = {name: value["sd"] for name, value in base["guidance 1"]["rewards"].items()}
-    for name in arguments.only:
-        recipe = RECIPES[name]
-        if not arguments.measure:
-            tune(name, scales, arguments.out, resume=arguments.resume)
-        entry: dict[str, Any] = {"weights": recipe.weights, "kl_weight": recipe.kl_weight}
-        if (arguments.out / name / METRICS).exists():
-            rounds = [json.loads(line) for line in (arguments.out / name / METRICS).read_text().splitlines()]
-            entry |= {"iterations": len(rounds), "seconds": round(sum(part["seconds"] for part in rounds), 1)}
-        found = measured(name)
-        for key, part in found.items():
-            part["moved"] = in_sd(base[key], part)
-            print(name, key, part["moved"], f"KL {part['kl']['mean']:.2f} nats")
-        results["members"][name] = entry | found
-        write_atomically(RESULTS, json.dumps(results, indent=1) + "\n")
+    if not arguments.measure:
+        captions, pictures, nats = tilted_drawings(tuple(RECIPES))
+        for name in arguments.only:
+            start = time.perf_counter()
+            tune(name, captions, pictures[name])
+            facts = {"kl_of_target": round(nats[name], 3), "seconds": round(time.perf_counter() - start)}
+            write_atomically(SMALL / "members" / f"{name}.json", json.dumps(facts) + "\n")
+    # late: it is not needed to tune
+    from stablediffusion.small.measure_members import measure
+
+    measure(arguments.only)
     return 0
-
-
-def measured(name: str | None) -> dict[str, Any]:
-    """Return what ``measure`` finds without guidance and with the usual one."""
-    return {f"guidance {guidance:g}": measure(name, guidance)[0] for guidance in (1.0, GUIDANCE)}
 
 
 if __name__ == "__main__":

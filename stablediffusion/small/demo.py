@@ -1,0 +1,131 @@
+"""A sheet of images from all-compress to all-vivid: DB-MPA over the soup, with rewards and certificates under it.
+
+    python -m stablediffusion.small.demo [--out out/sheet.png] [--images 8] [--steps 25] [--seed 0]
+
+The bundled model, its members ``compress`` and ``vivid``, five preferences, the same prompts and noise in every cell.
+Under each cell: the mean JPEG size and colourfulness of its images with standard errors, and for the blend the
+certificate, a bound in nats on how far the sampled chain is from its target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sdeblend.blend import Preference
+from sdeblend.io import write_atomically
+from stablediffusion.bundled import bundled_member
+from stablediffusion.knobs import Mode
+from stablediffusion.members import load_members
+from stablediffusion.small import load_small
+from stablediffusion.small.cells import PROMPTS, Cell, draw_cell, mean_and_error
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MODES: tuple[Mode, ...] = ("mpa", "soup")
+NAMES = {"mpa": "DB-MPA", "soup": "rewarded soup", "ls": "DB-MPA-LS", "soup-factors": "soup of factors"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the sheet; return 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/sheet.png"))
+    parser.add_argument("--images", type=int, default=8, help="images a cell, a multiple of the number of prompts")
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    if arguments.images < len(PROMPTS) or arguments.images % len(PROMPTS):
+        parser.error(f"--images must be a multiple of {len(PROMPTS)}, got {arguments.images}; one or more a prompt")
+    each = arguments.images // len(PROMPTS)
+    cells = draw_cells(each, arguments.steps, arguments.seed)
+    write_atomically(arguments.out, sheet(cells, each))
+    write_atomically(arguments.out.with_suffix(".json"), json.dumps([numbers(c) for c in cells], indent=2) + "\n")
+    print(table(cells))
+    print(arguments.out)
+    return 0
+
+
+def draw_cells(each: int, steps: int, seed: int = 0) -> list[Cell]:
+    """Draw every cell, method by method, in the order of ``WEIGHTS``.
+
+    Args:
+        each: images a prompt.
+        steps: DDIM steps.
+        seed: image k of a cell starts from seed + k.
+    """
+    pipe = load_small()
+    members = load_members(pipe, {name: bundled_member(name) for name in ("compress", "vivid")})
+    settings = [(mode, weight) for mode in MODES for weight in WEIGHTS]
+    return [
+        draw_cell(
+            pipe,
+            members,
+            Preference({"compress": 1 - weight, "vivid": weight}),
+            mode=mode,
+            each=each,
+            steps=steps,
+            seed=seed,
+        )
+        for mode, weight in tqdm(settings, desc="sheet", unit="cell", disable=None)
+    ]
+
+
+def numbers(cell: Cell) -> dict[str, object]:
+    """Return what was measured on a cell, as JSON can hold it."""
+    (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
+    nats, nats_error = (None, None) if cell.nats is None else mean_and_error(cell.nats)
+    return {
+        "method": cell.mode,
+        "weights": dict(zip(cell.preference.names, cell.preference.coefficients().tolist()[1:], strict=True)),
+        "images": len(cell.images),
+        "jpeg_kb": -saved,
+        "jpeg_kb_error": size_error,
+        "colourfulness": colour,
+        "colourfulness_error": colour_error,
+        "certificate_nats": nats,
+        "certificate_nats_error": nats_error,
+        "evaluations_an_image": cell.evaluations,
+    }
+
+
+def note(cell: Cell) -> str:
+    """Return what stands under a cell."""
+    (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
+    lines = [f"JPEG {-saved:.3f} ± {size_error:.3f} kB", f"colourfulness {colour:.3f} ± {colour_error:.3f}"]
+    if cell.nats is not None:
+        value, error = mean_and_error(cell.nats)
+        lines.append(f"certificate {value:.2g} ± {error:.1g} nats")
+    return "\n".join(lines)
+
+
+def sheet(cells: Sequence[Cell], each: int) -> bytes:
+    """Return the sheet as PNG: a row a method, a column a preference, in a cell a line a prompt of ``each`` images."""
+    # late: the numbers need no figure
+    from stablediffusion.plotting_sheets import png, sheet_figure
+
+    lines = [[c for c in cells if c.mode == mode] for mode in MODES]
+    figure = sheet_figure(
+        [[c.images for c in line] for line in lines],
+        rows=[NAMES[mode] for mode in MODES],
+        columns=[f"compress {1 - weight:g}, vivid {weight:g}" for weight in WEIGHTS],
+        notes=[[note(c) for c in line] for line in lines],
+        title="From compress to vivid, the same noise in every cell; lines: " + "; ".join(PROMPTS),
+        across=each,
+    )
+    return png(figure)
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Return the numbers as text."""
+    lines = []
+    for cell in cells:
+        weights = ", ".join(f"{name} {w:g}" for name, w in numbers(cell)["weights"].items())  # type: ignore[attr-defined]
+        lines.append(f"{NAMES[cell.mode]:<14} {weights:<28} " + note(cell).replace("\n", ", "))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
