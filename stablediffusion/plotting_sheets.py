@@ -96,7 +96,7 @@ def curves_figure(
             bars = None if errors is None else [2 * error for error in errors]
             colour, line = ("black", "--") if name in dashed else (COLOURS[k % len(COLOURS)], "-")
             axes.errorbar(
-                positions, values, yerr=bars, label=name, color=colour, linestyle=line, marker="o", markersize=4, capsize=2
+                positions, values, yerr=bars, label=name, color=colour, linestyle=line, marker="o", ms=4, capsize=2
             )
         axes.set_xlabel(x)
         axes.set_ylabel(y)
