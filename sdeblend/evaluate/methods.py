@@ -305,7 +305,8 @@ METHODS: Final[Mapping[str, Method]] = {
         "2K - 1 model calls a step",
     ),
     "pairwise": Method(
-        "pairwise DB-MPA", _higher_order("pairs"), "second order in the weights", "K(K + 1)/2 model calls a step"
+        "pairwise DB-MPA", _higher_order("pairs"), "second order in the weights; exact halfway between two",
+        "K(K + 1)/2 model calls a step",
     ),
     "over-time": Method(
         "weights over time", _over_time, "weights equal in noise, as asked in data", "K model calls a step", aims=False

@@ -80,17 +80,19 @@ def _curves(
             x = sorted(place for place in at if place is not None)
             y = [float(np.mean([found["value"] for found in at[place]])) for place in x]
             axes.plot(x, y, label=label(name), markersize=4, linewidth=1.3, **style)
-            if all(len(at[place]) == 1 and at[place][0]["low"] is not None for place in x):
+            # On a logarithmic axis the bands of a distance hide each other; the tables have them.
+            if all(len(at[p]) == 1 and at[p][0]["low"] is not None and "floor" not in at[p][0] for p in x):
                 axes.fill_between(
                     x, [at[p][0]["low"] for p in x], [at[p][0]["high"] for p in x], color=style["color"], alpha=0.12,
                     linewidth=0,
                 )  # fmt: skip
-        floors = {
-            (g["strength"] if axis == "strength" else g["values"].get(axis)): found["floor"]
-            for g in own
-            for m in g["methods"].values()
-            if (found := get(m)) is not None and "floor" in found
-        }
+        floors: dict[float, float] = {}
+        for group in own:
+            where = group["strength"] if axis == "strength" else group["values"].get(axis)
+            shown = [f["floor"] for m in group["methods"].values() if (f := get(m)) is not None and "floor" in f]
+            if shown:
+                # Weighted samples have a higher one, of as many as they are worth.
+                floors[where] = min(shown)
         if floors:
             x = sorted(floors)
             axes.plot(x, [floors[p] for p in x], color="0.6", linewidth=4, alpha=0.5, zorder=0, label="exact samples")
@@ -99,7 +101,7 @@ def _curves(
             axes.set_xscale("log")
         axes.set(xlabel=axis.replace("_", " "), ylabel=what, title=preference)
     _legend(figure, panels[0])
-    figure.suptitle(summary["title"], fontsize=11)
+    figure.suptitle(summary["title"], fontsize=10, x=0.02, horizontalalignment="left")
     return figure
 
 
@@ -134,6 +136,7 @@ def _win_rates(summary: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any
         axes.set_yticks(range(len(shown)), [label(name) for name, _ in reversed(shown)], fontsize=7)
         axes.set_title(f"{group['group']}, {_preference(group)}, strength {group['strength']:g}", fontsize=8)
         axes.set_xlabel(f"win rate over {label(summary['reference'])}", fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
     return figure
 
 
@@ -147,7 +150,7 @@ def _preference(group: Mapping[str, Any]) -> str:
 def _panels(count: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     columns = min(count, 3)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(width * columns + 1.8, height * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in grid[count:]:
         unused.remove()
@@ -158,7 +161,7 @@ def _panels(count: int, width: float = 4.6, height: float = 3.6) -> tuple[Figure
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=7)
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=7)
 
 
 def _bytes(figure: Figure) -> bytes:

@@ -132,7 +132,8 @@ def _floor(group: Mapping[str, Any], name: str) -> str:
         for key, method in group["methods"].items()
         if "floor" in method["distances"].get(name, {}) and METHODS[key].goal == "target"
     ]
-    return _short(found[0]) if found else _ABSENT
+    # Weighted samples have a higher one, of as many as they are worth.
+    return _short(min(found)) if found else _ABSENT
 
 
 def _distance(name: str) -> Callable[[Mapping[str, Any]], str]:
