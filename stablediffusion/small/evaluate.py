@@ -113,7 +113,7 @@ def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps:
     return result, images
 
 
-def sheet(images: Tensor, columns: int = 16, zoom: int = 3) -> Image.Image:
+def sheet(images: Tensor, columns: int = 16, zoom: int = 2) -> Image.Image:
     """Return images as one picture.
 
     Args:
