@@ -105,7 +105,8 @@ class MixtureTunable:
         seed: int = 0,
     ) -> None:
         self.mixture, self.schedule, self.network = mixture, schedule, network
-        self.event, self.device = (mixture.dim,), torch.device("cpu")
+        self.event: tuple[int, ...] = (mixture.dim,)
+        self.device = torch.device("cpu")
         if network is None:
             self.exact = ExactEps(mixture, schedule)
             self.residual = for_mixture(mixture, schedule, seed=seed, width=width)

@@ -135,7 +135,7 @@ def pretrain(
     *,
     steps: int = 3000,
     batch: int = 1024,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     seed: int = 0,
 ) -> float:
     """Train a network by denoising score matching on exact samples of a mixture.
@@ -175,7 +175,7 @@ def pretrain(
         loss.backward()
         optimizer.step()
         decay.step()
-        if step >= steps - steps // 5:
+        if step >= steps - max(1, steps // 5):
             average.update_parameters(network)
         losses.append(float(loss.detach()))
     network.load_state_dict(average.module.state_dict())

@@ -59,6 +59,7 @@ class RewardBackprop(Trainer):
     ) -> None:
         super().__init__(model, reward, settings, workers)
         self.moves = plan(model, self.chain.grid)
+        self.calibrated = not settings.random and settings.last in (0, settings.steps)
 
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()

@@ -16,10 +16,7 @@ L is the log ratio of the two processes along the sampled path, which costs one 
 reversals of one forward process it is the same along every path that ends in x_0. Samples are drawn by the second-order
 SDE step, whose transitions given the path so far are Gaussian too, so that this L is exact for it: what the model
 learns from its own samples inherits their error, and with the first-order ancestral step modes lose a few per cent of
-their width, a quarter of the control near the data at 50 steps, and more where steps are uniform in t. Cheaper and
-noisier is
-
-    L(x_0) = 1/2 int E|eps - eps_base|^2 - E|eps - eps_theta|^2 dl         over all log-SNRs l, from noised copies.
+their width, a quarter of the control near the data at 50 steps, and more where steps are uniform in t.
 
 Copies come in pairs of opposite noise: at high log-SNR, where networks are smooth on the scale of the noise, what the
 noise alone would teach cancels.
@@ -28,14 +25,14 @@ Without L, and around the base, S_base + Cov(r / kl_weight, grad log q(x_t | x_0
 tilt's control only to first order in 1 / kl_weight.
 
 Source: Peters and Schaal 2007 and Peng et al. 1910.00177 (reward-weighted regression); beside reinforce adjoint
-matching 2605.10759 and iterative tilting 2512.03234; Kingma et al. 2107.00630 for L from copies.
+matching 2605.10759 and iterative tilting 2512.03234.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,8 +41,6 @@ from sdeblend.finetune.model import Condition, Tunable, converted, noised, take
 from sdeblend.finetune.process import follow, plan
 from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
-
-LogRatio = Literal["path", "copies"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,6 @@ class RegressionSettings(Settings):
         epochs: gradient steps an iteration, each on fresh copies.
         effective: least effective share of the samples after one tilt; larger is slower and steadier.
         low, high: log-SNRs between which copies are spread evenly.
-        log_ratio: how L is found: "path" or "copies".
 
     Raises:
         ValueError: for a value outside its range.
@@ -68,7 +62,6 @@ class RegressionSettings(Settings):
     effective: float = 0.5
     low: float = -6.0
     high: float = 6.0
-    log_ratio: LogRatio = "path"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +73,6 @@ class RegressionSettings(Settings):
             raise ValueError(f"effective must lie within (0, 1), got {self.effective}; 0.5 is usual")
         if not self.low < self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}; they are log-SNRs")
-        if self.log_ratio not in get_args(LogRatio):
-            raise ValueError(f"log_ratio must be one of {', '.join(get_args(LogRatio))}, got {self.log_ratio!r}")
 
 
 class RewardRegression(Trainer):
@@ -108,9 +99,6 @@ class RewardRegression(Trainer):
         with torch.no_grad(), self.workers.autocast():
             samples, log_ratio, _ = follow(self.model, self.moves, batch.noise, batch.condition)
             rewards = self.score(samples, batch.condition)
-        if settings.log_ratio == "copies":
-            with torch.no_grad():
-                log_ratio = self.log_ratio_of_copies(samples, batch)
         tilt = rewards / settings.kl_weight - log_ratio
         everyone = self.workers.gather(tilt).double().reshape(settings.groups, settings.group_size)
         eta = step_size(everyone, settings.effective)
@@ -160,21 +148,6 @@ class RewardRegression(Trainer):
             return weights[rows[index]] * (eps[index] - predicted).square().flatten(1).mean(1)
 
         return self.descend(len(x), loss_of, total=self.settings.total * self.settings.copies)
-
-    def log_ratio_of_copies(self, samples: Tensor, batch: Batch) -> Tensor:
-        """Return L of each sample from the denoising errors of its copies, (B,)."""
-        count = self.settings.copies
-        x, t, eps = self.copies(samples, batch.rows, count)
-        rows = torch.arange(len(samples)).repeat(count)
-        parts = []
-        for index in torch.arange(len(x)).split(self.settings.micro_batch):
-            condition = take(batch.condition, rows[index])
-            errors = [
-                (eps[index] - self.eps(x[index], t[index], condition, base=base)).square().flatten(1).sum(1)
-                for base in (True, False)
-            ]
-            parts.append(errors[0] - errors[1])
-        return (self.range[1] - self.range[0]) / 2 * torch.cat(parts).reshape(count, -1).mean(0)
 
 
 def step_size(tilt: Tensor, effective: float) -> float:
