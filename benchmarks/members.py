@@ -1,6 +1,7 @@
 """Every trainer on mixtures, against the closed-form tilt; a cell is kept as soon as it is measured.
 
-``python -m benchmarks.members [--only TRAINER]`` continues where it was stopped; delete results/members.json to start anew.
+``python -m benchmarks.members [--only TRAINER]`` continues where it was stopped; without results/members.json it starts
+anew.
 """
 
 from __future__ import annotations
@@ -182,11 +183,11 @@ def table(cells: dict[str, Cell]) -> str:
     """Return the results as markdown."""
     lines = [
         "# members", "",
-        "Measured by `python -m benchmarks.members`: every trainer on a network pre-trained on the mixture (three layers "
-        f"of 128, LoRA of rank 8), against the closed-form tilt. {SAMPLES} samples, {STEPS} steps of DPM-Solver++ 2M "
-        "(SDE). Slope: the strength that was reached (1: the KL weight is the one stated); residual: square error of the "
-        "control over its square; TV of the mode weights and sliced W2, with the floor of exact samples. Seconds of one "
-        "CPU thread.", "",
+        "Measured by `python -m benchmarks.members`: every trainer on a network pre-trained on the mixture (three "
+        f"layers of 128, LoRA of rank 8), against the closed-form tilt. {SAMPLES} samples, {STEPS} steps of "
+        "DPM-Solver++ 2M (SDE). Slope: the strength that was reached (1: the KL weight is the one stated); residual: "
+        "square error of the control over its square; TV of the mode weights and sliced W2, with the floor of exact "
+        "samples. Seconds of one CPU thread.", "",
         "| problem | reward | KL weight | trainer | slope | residual | TV | W2 | reward calls | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
