@@ -1,4 +1,5 @@
-# make demo: verify the theory on problems drawn anew (SEED=N: on those of one seed), write out/report.html. make test: lint, types, tests. Both set up .venv first.
+# make demo: verify the theory on problems drawn anew (SEED=N: on those of one seed), write out/report.html, then blend
+# images into out/sheet.png. make test: lint, types, tests. Both set up .venv first.
 
 PYTHON ?= $(shell for p in python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
@@ -14,6 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 
 demo: $(READY)
 	$(BIN)/sdeblend verify $(if $(SEED),--seed $(SEED)) --report out/report.html
+	$(BIN)/python -m stablediffusion.small.demo --out out/sheet.png
 
 test: $(READY)
 	$(BIN)/ruff check .

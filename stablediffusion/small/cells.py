@@ -23,7 +23,7 @@ from stablediffusion.rewards import REWARDS, ImageReward
 PROMPTS = (
     "a large red circle on a striped blue background",
     "a small yellow square on a green background",
-    "a cross on a purple background",
+    "a white cross on a purple background",
     "a ring on a checkered background",
 )
 

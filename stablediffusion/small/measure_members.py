@@ -28,8 +28,9 @@ from stablediffusion.small.scenes import caption, mention, parse, sample_scenes
 
 RESULTS = SMALL / "members.json"
 SCORED = ("compress", "vivid", "align")
-IMAGES, STEPS = 128, 25
-WEIGHTS = {0.25: "morl-0.25", 0.5: "morl-0.50", 0.75: "morl-0.75"}
+IMAGES, STEPS = 64, 25
+MODES: tuple[Mode, ...] = ("mpa", "soup")
+WEIGHTS = {0.25: "morl-25", 0.5: "morl-50", 0.75: "morl-75"}
 
 
 def measure(names: Sequence[str]) -> None:
@@ -89,7 +90,7 @@ def _compared(pipe: Any, weight: float, tuned: str, base: Cell, prompts: Sequenc
     """Return what blend, soup and the member of the preference itself do, and the blend's advantage over the soup."""
     weights = {"compress": 1 - weight, "vivid": weight}
     files = {name: str(bundled_member(name)) for name in weights}
-    cells = {mode: _cell(pipe, weights, files, mode, prompts) for mode in ("mpa", "ls", "soup", "soup-factors")}
+    cells: dict[str, Cell] = {mode: _cell(pipe, weights, files, mode, prompts) for mode in MODES}
     cells["morl"] = _cell(pipe, {tuned: 1.0}, {tuned: str(bundled_member(tuned))}, "mpa", prompts)
     spread = {name: float(base.rewards[name].std()) for name in weights}
 

@@ -9,17 +9,17 @@ The base was trained on drawings, and drawings cost nothing. So the tilt given a
 can be sampled: draw many scenes that the caption leaves open, score them, keep one with probability proportional to
 exp(r / kl_weight). A member is a LoRA trained on such drawings by the base's own loss: no trainer's bias or noise
 stands between it and the KL weight (those of the trainers of ``sdeblend.finetune`` are measured on mixtures). What is
-left is that the base is not the drawings' law itself. ``control`` is a LoRA trained alike on drawings that are not
-tilted, so that its distance to the base is what training longer does; it is measured and not shipped.
+left is that the base is not the drawings' law itself; ``--only control`` trains alike on drawings that are not tilted,
+and shows what training longer does by itself (it is not shipped).
 
 Rewards are standardised, r = sum_i w_i r_i / sd_i with sd_i the standard deviation over drawings, so that kl_weight is
 in standard deviations and the same for all but one:
 
     compress, vivid          one reward each
     compress-half            compress at twice the kl_weight: half its strength
-    morl-0.25, ...           r(w) = (1 - w) compress + w vivid itself: what a blend is compared with
+    morl-25, ...           r(w) = (1 - w) compress + w vivid itself: what a blend is compared with
 
-``morl-0.50`` is also the pair of second order (``sdeblend.baselines.interpolation``): compress + vivid at twice the
+``morl-50`` is also the pair of second order (``sdeblend.baselines.interpolation``): compress + vivid at twice the
 kl_weight is r(1/2) at kl_weight.
 
 Source: Andrieu et al. 2003 (importance resampling); Rame et al. 2306.04488 (weights between rewards).
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import MEMBERS, SMALL
+from stablediffusion.bundled import MEMBERS
 from stablediffusion.prompts import PromptCondition
 from stablediffusion.rewards import colourfulness, jpeg_size
 from stablediffusion.small import load_small
@@ -49,7 +49,6 @@ from stablediffusion.small.drawing import draw
 from stablediffusion.small.scenes import Scene, caption, complete, held_out, mention, sample_scenes
 from stablediffusion.tunable import Layers, PipelineTunable
 
-RESULTS = SMALL / "members.json"
 KL_WEIGHT = 0.125
 RANK = 6
 LAYERS: tuple[Layers, ...] = ("attention", "feed-forward", "convolutions")
@@ -75,12 +74,14 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "compress": Recipe({"compress": 1.0}),
     "vivid": Recipe({"vivid": 1.0}),
-    "morl-0.50": Recipe({"compress": 0.5, "vivid": 0.5}),
+    "morl-50": Recipe({"compress": 0.5, "vivid": 0.5}),
     "compress-half": Recipe({"compress": 1.0}, 2 * KL_WEIGHT),
-    "morl-0.25": Recipe({"compress": 0.75, "vivid": 0.25}),
-    "morl-0.75": Recipe({"compress": 0.25, "vivid": 0.75}),
+    "morl-25": Recipe({"compress": 0.75, "vivid": 0.25}),
+    "morl-75": Recipe({"compress": 0.25, "vivid": 0.75}),
     "control": Recipe({"compress": 0.0}, float("inf")),
 }
+
+SHIPPED = tuple(name for name in RECIPES if name != "control")
 
 
 def rewards_of(images: Tensor) -> dict[str, Tensor]:
@@ -211,7 +212,7 @@ def denoising_loss(
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and measure; return 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=tuple(RECIPES), default=SHIPPED, metavar="NAME")
     parser.add_argument("--measure", action="store_true", help="measure the members that exist, tune none")
     arguments = parser.parse_args(argv)
     if not arguments.measure:
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             tune(name, captions, pictures[name])
             facts = {"kl_of_target": round(nats[name], 3), "seconds": round(time.perf_counter() - start)}
-            write_atomically(SMALL / "members" / f"{name}.json", json.dumps(facts) + "\n")
+            write_atomically(MEMBERS / f"{name}.json", json.dumps(facts) + "\n")
     # late: it is not needed to tune
     from stablediffusion.small.measure_members import measure
 
