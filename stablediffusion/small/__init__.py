@@ -27,8 +27,12 @@ def load_small(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     Args:
         dtype: of the networks; the files hold half precision.
     """
-    from diffusers import StableDiffusionPipeline
+    from stablediffusion.lora import no_false_alarms
 
-    pipe = StableDiffusionPipeline.from_pretrained(MODEL, dtype=dtype, local_files_only=True)
+    # transformers tells of image processors without torchvision, which nothing here uses
+    with no_false_alarms():
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline.from_pretrained(MODEL, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

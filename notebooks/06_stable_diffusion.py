@@ -1,0 +1,181 @@
+# %% [markdown]
+# # The same operator on Stable Diffusion
+#
+# The five notebooks before this one blend scores of Gaussian mixtures. Here the same `Blend` object blends the scores
+# of a text-to-image model: `StableDiffusionPipeline` from diffusers, with CLIP text encoder, UNet with cross-attention,
+# autoencoder and DDIM. So that it runs offline on a laptop it is the small model that comes with the package, trained
+# on drawings of one or two shapes, 32 x 32 pixels. Its members are LoRA files tuned for one reward each, at a known KL
+# weight: `compress` for small JPEG files, `vivid` for colourfulness.
+#
+# On images the exact target has no closed form. Its place is taken by a **member tuned for the preference itself**
+# (`morl-50` and its like): what multi-objective training would give, at the price of one training a preference.
+# Black dashes are that. It is trained too, and so it is a reference with errors of its own, not the truth.
+
+# %%
+"""Blend, strength, certificate, one adapter a step and soup, on the bundled text-to-image model."""
+
+import os
+
+import torch
+from IPython.display import Image, display
+
+from sdeblend import Preference
+from stablediffusion import load_members
+from stablediffusion.bundled import bundled_member, bundled_names
+from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
+from stablediffusion.small import load_small
+from stablediffusion.small.cells import draw_cell, mean_and_error
+from stablediffusion.small.demo import NAMES, note
+
+FAST = os.environ.get("SDEBLEND_FAST") == "1"
+EACH, MANY, STEPS = (1, 1, 4) if FAST else (2, 4, 50)
+pipe = load_small()
+names = ["compress", "vivid"]
+members = load_members(pipe, {name: bundled_member(name) for name in names})
+for name in names:
+    print(f"{name}: tuned at KL weight {members[name].kl_weight:.3g} of its reward")
+print("bundled:", ", ".join(bundled_names()))
+
+
+def show(figure, dpi=90):
+    """Display a figure as PNG."""
+    display(Image(png(figure, dpi)))
+
+
+def pair(vivid):
+    """Return the preference with this weight on vivid and the rest on compress."""
+    return Preference({"compress": 1 - vivid, "vivid": vivid})
+
+
+# %% [markdown]
+# ## Turning the weight
+#
+# Both rows start from the same noise and follow the same noise. DB-MPA runs both members at every step and blends what
+# they predict; the soup averages their weights and runs the average once.
+#
+# **What would falsify the next figure:** the end columns (one member alone) are the same model in both rows, so their
+# images must agree; JPEG size must fall to the left and colourfulness rise to the right. (The errors under the cells
+# are those of a mean over eight different pictures; cells share prompts and noise, so their differences are smaller.)
+
+# %%
+weights = [0.0, 0.5, 1.0] if FAST else [0.0, 0.25, 0.5, 0.75, 1.0]
+modes = ["mpa", "soup"]
+cells = {m: [draw_cell(pipe, members, pair(w), mode=m, each=EACH, steps=STEPS) for w in weights] for m in modes}
+show(
+    sheet_figure(
+        [[cell.images for cell in cells[m]] for m in modes],
+        rows=[NAMES[m] for m in modes],
+        columns=[f"compress {1 - w:g}, vivid {w:g}" for w in weights],
+        notes=[[note(cell) for cell in cells[m]] for m in modes],
+        across=EACH,
+    )
+)
+ends = [float((cells["mpa"][k].images - cells["soup"][k].images).abs().max()) for k in (0, -1)]
+print("largest difference of pixels between the rows, at the ends:", [f"{e:.1e}" for e in ends])
+
+# %% [markdown]
+# ## How much each reward moves
+#
+# The same with more images, per reward, beside the members tuned for the preference itself.
+#
+# **What would falsify the next figures:** if blending did what it promises, the blue line would run through the black
+# one. The bars (two standard errors) are those of each mean by itself and mostly the spread between prompts, which all
+# points share: `stablediffusion/small/members.json` has paired differences.
+
+# %%
+many = {m: [draw_cell(pipe, members, pair(w), mode=m, each=MANY, steps=STEPS) for w in weights] for m in modes}
+tuned = {0.25: "morl-25", 0.5: "morl-50", 0.75: "morl-75"}
+tuned = {w: name for w, name in tuned.items() if w in weights}
+oracles = load_members(pipe, {name: bundled_member(name) for name in tuned.values()})
+oracle = [draw_cell(pipe, oracles, Preference({name: 1.0}), each=MANY, steps=STEPS) for name in tuned.values()]
+
+
+def curve(positions, cells, reward):
+    """Return positions, means and standard errors of a reward."""
+    means, errors = zip(*[cell.mean(reward) for cell in cells], strict=True)
+    return positions, means, errors
+
+
+for reward, unit in (("compress", "minus the JPEG size, kB"), ("vivid", "colourfulness")):
+    lines = {NAMES[m]: curve(weights, many[m], reward) for m in modes}
+    lines["tuned for the preference"] = curve(list(tuned), oracle, reward)
+    show(curves_figure(lines, x="weight of vivid", y=unit, dashed=["tuned for the preference"]))
+oracles.remove()
+
+# %% [markdown]
+# ## What the certificate says
+#
+# The members disagree, and the certificate adds up by how much along the way: in nats, without a reward call and
+# without a further network call. It bounds the distance of the sampled chain to the geometric mean of the members'
+# chains.
+#
+# **What would falsify the next figure:** at the ends only one member runs, so the certificate must be exactly zero
+# there, and positive between them. Tens of nats are a lot for members whose targets are one or two nats from the base:
+# guidance multiplies what members disagree about, noise of their training included.
+
+# %%
+nats = [mean_and_error(cell.nats) for cell in many["mpa"]]
+values, errors = zip(*nats, strict=True)
+show(curves_figure({"certificate": (weights, values, errors)}, x="weight of vivid", y="nats an image"))
+print("nats:", [f"{value:.3g} +- {error:.2g}" for value, error in nats])
+
+# %% [markdown]
+# ## Strength
+#
+# One member, DB-KLA: 0 is the base, 1 the member as tuned, 2 twice as far along the same direction.
+#
+# **It would be wrong if** the column of strength 0 were not the base's pictures (the same in both rows), or if a
+# reward did not grow from 0 to 1.
+
+# %%
+strengths = [0.0, 1.0] if FAST else [0.0, 0.5, 1.0, 1.5, 2.0]
+turned = [
+    [draw_cell(pipe, members, Preference({name: 1.0}, strength=s), each=EACH, steps=STEPS) for s in strengths]
+    for name in names
+]
+show(
+    sheet_figure(
+        [[cell.images for cell in line] for line in turned],
+        rows=names,
+        columns=[f"strength {s:g}" for s in strengths],
+        notes=[[note(cell) for cell in line] for line in turned],
+        across=EACH,
+    )
+)
+print("strength 0 agrees:", torch.equal(turned[0][0].images, turned[1][0].images))
+
+# %% [markdown]
+# ## One adapter a step
+#
+# DB-MPA-LS draws one member a step, so that a blend costs what one model costs.
+#
+# **It would be wrong if** the rewards of the last column left the others' by more than a few standard errors (at 50
+# steps the draw adds a little noise), or if its evaluations were not half of DB-MPA's.
+
+# %%
+kinds = ["mpa", "soup", "ls"]
+half = [draw_cell(pipe, members, pair(0.5), mode=m, each=EACH, steps=STEPS) for m in kinds]
+show(
+    sheet_figure(
+        [[cell.images for cell in half]],
+        rows=["weights 0.5, 0.5"],
+        columns=[NAMES[m] for m in kinds],
+        notes=[[f"{note(cell)}\n{cell.evaluations:g} evaluations an image" for cell in half]],
+        across=EACH,
+    )
+)
+
+# %% [markdown]
+# ## Your own model: two lines change
+#
+# Nothing above knows that the model is small. For Stable Diffusion 1.5 or SDXL on a GPU, with LoRA files of your own:
+#
+# ```python
+# pipe = StableDiffusionXLPipeline.from_pretrained(hub_id_or_folder, dtype=torch.float16).to("cuda")
+# members = load_members(pipe, {"compress": "compress.safetensors", "vivid": "vivid.safetensors"})
+# ```
+#
+# and `with blend(pipe, members, Preference({"compress": 0.3, "vivid": 0.7})) as knobs: pipe(prompt, eta=1.0)`. LoRA
+# files from elsewhere do not say at which KL weight they were tuned: then weights and strength are knobs without
+# units, and the certificate still says how much the members disagree. `07_your_own_members` tunes one whose KL weight
+# is known.
