@@ -211,6 +211,19 @@ def test_methods_that_ran_apart_are_told_together(whole, tmp_path):
             assert numbers.get("win_rate") == other["methods"][method].get("win_rate")
 
 
+def test_marks_say_what_is_not_known(whole):
+    summary, _ = told(whole[1])
+    method = summary["groups"][0]["methods"]["mpa-corrected"]
+    distance = method["distances"]["mode TV"]
+    for above, share, mark in ((True, 1.0, ""), (False, 1.0, "*"), (False, 0.05, "?")):
+        distance["above_floor"], method["effective_share"] = above, share
+        distance.update(value=7.0, low=6.0, high=8.0)
+        assert f"| 7 ± 1{mark} " in markdown(summary)
+    for significant, mark in ((True, ""), (False, "~")):
+        method["difference"] = {"value": 3.0, "low": 1.0, "high": 5.0, "significant": significant}
+        assert f"| +3 ± 2{mark} |" in markdown(summary)
+
+
 def test_a_method_that_diverges_is_told_and_the_rest_goes_on(tmp_path):
     text = "[methods.guidance]\nscale = 1e39\n[report]"
     file = config(tmp_path, methods=["mpa", "guidance"], **{"[report]": text})

@@ -176,6 +176,7 @@ class _Group:
         mean, drawn = self.resampled.mean(sample, weighted)
         out: dict[str, Any] = {
             "effective": sample.effective,
+            "effective_share": sample.effective / len(rows),
             "missing": int(sum(None in row["rewards"].values() for row in rows)),
             "rewards": {
                 reward: _listed(self.resampled.interval(*self.mean(name, reward))) for reward in rows[0]["rewards"]

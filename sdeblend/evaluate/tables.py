@@ -1,7 +1,8 @@
 """A summary as tables, in markdown and in LaTeX: quality, cost, n, and what is not significant.
 
 Marks: ``~`` a difference from the reference (or a win rate from one half) that is not significant; ``*`` a distance
-that exact samples of the same number could have; ``o`` a method that has another law than the target by construction.
+that exact samples could have, as many as these are worth, or ``?`` if that is less than a tenth of n; ``o`` a method
+that has another law than the target by construction.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "",
         f"± and [ ] are {percent} intervals: of rewards by a paired bootstrap over seeds (and prompts, if several), of "
         f"distances by Student's t over blocks of seeds. Each stands for itself, uncorrected for their number.",
-        "Marks: `~` not significantly different from the reference (win rate: from one half); `*` a distance that as "
-        "many exact samples could have; `o` a method that has another law than the target by construction.",
+        "Marks: `~` not significantly different from the reference (win rate: from one half); `*` a distance that "
+        "exact samples could have, as many as these are worth (n eff.), or `?` if that is less than a tenth of n, so "
+        "that little can be told; `o` a method that has another law than the target by construction.",
     ]
     return "\n\n".join(["\n".join(notes), *(table.markdown() for table in tables(summary))]) + "\n"
 
@@ -139,9 +141,15 @@ def _floor(group: Mapping[str, Any], name: str) -> str:
 def _distance(name: str) -> Callable[[Mapping[str, Any]], str]:
     def show(method: Mapping[str, Any]) -> str:
         found = method["distances"].get(name)
-        return _ABSENT if found is None else _plus_minus(found) + ("*" if found.get("above_floor") is False else "")
+        return _ABSENT if found is None else _plus_minus(found) + _mark(found, method)
 
     return show
+
+
+def _mark(found: Mapping[str, Any], method: Mapping[str, Any]) -> str:
+    if found.get("above_floor") is not False:
+        return ""
+    return "*" if method["effective_share"] >= 0.1 else "?"
 
 
 def _gain(method: Mapping[str, Any]) -> str:
@@ -167,7 +175,7 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
                 _plus_minus(m["weighted"]),
                 _gain(m),
                 _ABSENT if rate is None else _plus_minus(rate) + ("" if rate["significant"] else "~"),
-                *(_with_floor(m["distances"].get(distance)) for distance in distances),
+                *(_with_floor(m["distances"].get(distance), m) for distance in distances),
                 _short(facts[0]),
                 _ABSENT if facts[1] is None else f"{facts[1]:.0%}",
                 f"{m['effective']:.0f}",
@@ -242,11 +250,11 @@ def _plus_minus(found: Mapping[str, Any] | None, *, sign: bool = False) -> str:
     return f"{value} ± {(found['high'] - found['low']) / 2:.1g}"
 
 
-def _with_floor(found: Mapping[str, Any] | None) -> str:
+def _with_floor(found: Mapping[str, Any] | None, method: Mapping[str, Any]) -> str:
     if found is None:
         return _ABSENT
     floor = "" if "floor" not in found else f" ({_short(found['floor'])})"
-    return _plus_minus(found) + ("*" if found.get("above_floor") is False else "") + floor
+    return _plus_minus(found) + _mark(found, method) + floor
 
 
 def _bracketed(found: Mapping[str, Any]) -> str:
