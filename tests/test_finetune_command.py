@@ -179,7 +179,9 @@ def test_refuses_a_trainer_that_does_not_exist() -> None:
 @pytest.mark.slow
 def test_an_interrupt_is_told_and_resumed(tmp_path: Path) -> None:
     script = (
-        "import sys, torch; from importlib.metadata import EntryPoint; from sdeblend import cli; "
+        "import signal, sys, torch; from importlib.metadata import EntryPoint; from sdeblend import cli; "
+        # A shell starts what it runs in the background with interrupts ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from sdeblend.finetune import config; torch.set_num_threads(1); "
         "config.entry_points = lambda group: (EntryPoint('line', 'tests.finetune_models:build', group),); "
         "sys.exit(cli.main(['finetune', *sys.argv[1:]]))"
@@ -222,10 +224,13 @@ def test_an_interrupt_waits_for_files_and_logs() -> None:
             signal.raise_signal(signal.SIGINT)
             reached.append(1)
 
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        disturbed()
-    assert reached == [1] and signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            disturbed()
+        assert reached == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow
