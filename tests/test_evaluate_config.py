@@ -67,13 +67,16 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, old, new, parts):
     refuses(lambda: plan_of(tmp_path, GOOD.replace(old, new)), "c.toml", *parts)
 
 
-def test_configurations_by_name():
+def test_configurations_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "soup").mkdir()  # a folder of that name, of results say, is no configuration
     names = [file.stem for file in CONFIGS.glob("*.toml")]
     assert {"ring-tradeoff", "conflict-line", "high-dimension", "rewards-2-to-10", "das-grid", "das-ring"} <= set(names)
     for name in names:
         plan = load_plan(find(name))
         if plan.kind == "mixture":
             assert plan.cells(plan.backend())
+    assert find("soup").suffix == ".toml"
     refuses(lambda: main(["no-such-thing"]), "a file or one of", "ring-tradeoff")
     refuses(lambda: main(["no-such-thing.toml"]), "No such file", kind=OSError)
 

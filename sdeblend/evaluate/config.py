@@ -213,7 +213,7 @@ def find(name: str) -> Path:
         ValueError: if there is neither.
     """
     path, bundled = Path(name), CONFIGS / f"{name}.toml"
-    if path.exists() or path.suffix:
+    if path.is_file() or path.suffix:
         return path
     if not bundled.exists():
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
