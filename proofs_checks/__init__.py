@@ -21,6 +21,7 @@ STATEMENTS = (
     "certificate",
     "solvers",
     "limits",
+    "members",
 )
 
 

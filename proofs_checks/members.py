@@ -1,0 +1,127 @@
+"""Tuned members: a network tuned for a reward at a KL weight is the tilt at that KL weight."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+
+from proofs_checks.check import Measurement, Outcome, Settings
+from proofs_checks.draw import draw_line
+from sdeblend import BackwardSDE, VPLinear, solve, time_grid
+from sdeblend.finetune.regression import RegressionSettings, RewardRegression
+from sdeblend.finetune.reward import WeightedReward
+from sdeblend.steps import ExponentialMultistep
+from toy import Problem
+from toy.finetune import ExactEps, MixtureTunable, TunedScore, reward_of
+from toy.metrics import mode_weight_tv
+from toy.network import Network, for_mixture, pretrain
+from toy.recovery import recovered
+
+if TYPE_CHECKING:
+    from proofs_checks.figures import Figure
+
+TITLE = "Members: a tuned network is the tilt at the KL weight that was asked for"
+WORDS = (
+    "Weights and strength mean something exact only if each member is the pre-trained law times exp(reward / alpha) "
+    "at the stated alpha. Here a small network is fitted to the score of a drawn mixture, then tuned, by a low-rank "
+    "difference, from nothing but its own samples and their rewards. What it has learned is laid against the exact "
+    "control of the tilt: the slope is the strength it has reached, one if alpha is the alpha that was asked for. "
+    "Left: what it samples. Right: its distance to the tilt over training, in nats, estimated without knowing the tilt."
+)
+FORMULA = (
+    r"$S_\theta - S_{\mathrm{pre}} = \kappa\, u_t,\qquad \kappa = 1$" "\n"
+    r"$\mathrm{KL}(p_\theta\,\Vert\,p_{\mathrm{pre}}\,e^{r/\alpha}/Z) = \log \mathrm{E}_\theta[e^{A}] - "
+    r"\mathrm{E}_\theta[A],\qquad A = r/\alpha - \log(p_\theta/p_{\mathrm{pre}})$"
+)
+FALSIFIED_BY = (
+    "a slope further than 0.25 from 1, a learned control whose square error is above 0.3 of the exact control's square, "
+    "or mode weights off by more than 0.1 in total variation"
+)
+SLOPE_BOUND, RESIDUAL_BOUND, TV_BOUND = 0.25, 0.3, 0.1
+ITERATIONS, STEPS, SAMPLES = 35, 30, 4000
+
+
+def check(settings: Settings) -> Outcome:
+    """Tune members of drawn problems at the stated KL weight, and at twice that, which must not pass."""
+    generator = settings.generator("members")
+    rows: list[tuple[float, ...]] = []
+    data: dict[str, object] = {}
+    for i in range(settings.choose(1, 3)):
+        problem = draw_line(generator, (0.75, 1.5), 1.0).problem
+        name, schedule = problem.names[i % 2], VPLinear()
+        network = for_mixture(problem.base, schedule, seed=0, width=64)
+        exact = ExactEps(problem.base, schedule)
+        pretrain(network, problem.base, steps=800, batch=256, learning_rate=5e-3, teacher=exact)
+        member, gaps = _tuned(network, problem, name, problem.kl_weight)
+        wrong, _ = _tuned(network, problem, name, 2 * problem.kl_weight)
+        target = problem.member(name)
+        found, false = (recovered(model, target, count=SAMPLES) for model in (member, wrong))
+        samples = [_sample(member, base=base) for base in (False, True)]
+        tvs = [float(mode_weight_tv(drawn, target).value) for drawn in samples]
+        off = abs(found.slope - 1), abs(false.slope - 1)
+        rows.append((*off, found.residual, *tvs, found.slope, false.slope, found.base_residual))
+        if not data:
+            x = torch.linspace(-4.0, 4.0, 321, dtype=torch.float64)[:, None]
+            data = {
+                "x": x[:, 0].numpy(), "gaps": gaps, "samples": samples[0][:, 0].numpy(),
+                "exact": target.log_prob(x).exp().numpy(), "base": problem.base.log_prob(x).exp().numpy(),
+                "kl_weight": problem.kl_weight,
+            }  # fmt: skip
+    off_right, off_wrong, residual, tv, base_tv, slopes, wrong_slopes, own = zip(*rows, strict=True)
+    measurements = [
+        Measurement("strength reached (slope of the learned control), distance from 1", max(off_right), "<=",
+                    SLOPE_BOUND, "tuned at twice the KL weight", min(off_wrong)),
+        Measurement("square error of the learned control, share of the exact one's square", max(residual), "<=",
+                    RESIDUAL_BOUND, "not tuned", 1.0),
+        Measurement("mode weights of its samples, total variation", max(tv), "<=", TV_BOUND,
+                    "samples of the base", min(base_tv)),
+    ]  # fmt: skip
+    listed = ", ".join(f"{a:.2f} (twice the KL weight: {b:.2f})" for a, b in zip(slopes, wrong_slopes, strict=True))
+    findings = [
+        f"strengths reached: {listed}",
+        f"square error of the network before tuning, in the same units: {max(own):.4f}; of the tuning: "
+        f"{max(residual):.3f}",
+    ]
+    return Outcome(measurements, data, findings)
+
+
+def _tuned(network: Network, problem: Problem, name: str, kl_weight: float) -> tuple[MixtureTunable, list[float]]:
+    """Return a member tuned from a pre-trained network, and its distance to the tilt over training, in nats."""
+    model = MixtureTunable(problem.base, network.schedule, deepcopy(network))
+    settings = RegressionSettings(
+        kl_weight=kl_weight, group_size=192, steps=STEPS, learning_rate=5e-3, epochs=4, ema_decay=0.96
+    )
+    trainer = RewardRegression(model, WeightedReward({name: reward_of(problem.rewards[name])}), settings)
+    gaps = [trainer.iterate()["gap"] for _ in range(ITERATIONS)]
+    assert trainer.average is not None
+    with torch.no_grad():
+        for value, mean in zip(trainer.parameters, trainer.average, strict=True):
+            value.copy_(mean)
+    return model, gaps
+
+
+def _sample(model: MixtureTunable, *, base: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    start = model.schedule.prior((SAMPLES, 1), generator=generator)
+    run = solve(
+        BackwardSDE(model.schedule, TunedScore(model, base=base)), start, time_grid(model.schedule, 40, "log-snr"),
+        noise=generator, step=ExponentialMultistep(),
+    )  # fmt: skip
+    return run.samples.double()
+
+
+def figure(outcome: Outcome) -> Figure:
+    """Draw what one member samples beside base and tilt, and its distance to the tilt over training."""
+    from proofs_checks import figures
+
+    data = outcome.data
+    picture, (left, right) = figures.panels(2)
+    left.hist(data["samples"], bins=80, density=True, color=figures.LIGHT, label="tuned, samples")
+    left.plot(data["x"], data["base"], color=figures.BASE, ls="--", label="base")
+    left.plot(data["x"], data["exact"], color=figures.EXACT, label="tilt, exact")
+    right.semilogy(data["gaps"], color=figures.BLEND, label="measured on the batch")
+    figures.label(left, f"One member, alpha = {data['kl_weight']:.2f}", "x", "density")
+    figures.label(right, "Distance to the tilt", "iteration", "KL divergence, nats")
+    return picture
