@@ -76,8 +76,8 @@ def tuned(recipe: Recipe, model: MixtureTunable, problem: Problem, reward: str, 
     loaded = importlib.import_module(f"sdeblend.finetune.{module}")
     kind = getattr(loaded, settings_name)
     presets = getattr(kind, "presets", {}).get(recipe.settings.get("mode", ""), {})
-    settings = kind(**({"kl_weight": kl_weight, "group_size": 256, "learning_rate": recipe.phases[0][1]}
-                       | presets | recipe.settings))  # fmt: skip
+    common = {"kl_weight": kl_weight, "group_size": 256, "ema_decay": 0.96, "learning_rate": recipe.phases[0][1]}
+    settings = kind(**(common | presets | recipe.settings))
     weighted = WeightedReward({reward: reward_of(problem.rewards[reward])})
     trainer = getattr(loaded, trainer_name)(model, weighted, settings)
     start, log = time.process_time(), {}
@@ -86,6 +86,9 @@ def tuned(recipe: Recipe, model: MixtureTunable, problem: Problem, reward: str, 
             group["lr"] = rate
         for _ in range(iterations):
             log = trainer.iterate()
+    with torch.no_grad():
+        for value, mean in zip(trainer.parameters, trainer.average or trainer.parameters, strict=True):
+            value.copy_(mean)
     return {"seconds": time.process_time() - start, "reward_calls": trainer.reward_calls, "kl": log["kl"]}
 
 

@@ -52,6 +52,7 @@ class RegressionSettings(Settings):
         epochs: gradient steps an iteration, each on fresh copies.
         effective: least effective share of the samples after one tilt; larger is slower and steadier.
         low, high: log-SNRs between which copies are spread evenly.
+        ema_decay: as every trainer's; the average is several times nearer to the tilt than the last parameters.
 
     Raises:
         ValueError: for a value outside its range.
@@ -62,6 +63,7 @@ class RegressionSettings(Settings):
     effective: float = 0.5
     low: float = -6.0
     high: float = 6.0
+    ema_decay: float = 0.96
 
     def __post_init__(self) -> None:
         super().__post_init__()
