@@ -128,6 +128,7 @@ def _sample(model: MixtureTunable, *, base: bool) -> torch.Tensor:
 def figure(outcome: Outcome) -> Figure:
     """Draw what one member samples beside base and tilt, and its control beside the exact one."""
     from proofs_checks import figures
+    from proofs_checks.figures_page import BELOW
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)
@@ -138,6 +139,6 @@ def figure(outcome: Outcome) -> Figure:
               (figures.BROKEN, ":", "learned at twice the KL weight"))  # fmt: skip
     for control, (colour, line, words) in zip(data["controls"], styles, strict=True):
         right.plot(data["x"], control, color=colour, ls=line, label=words)
-    figures.label(left, f"One member, alpha = {data['kl_weight']:.2f}", "x", "density")
-    figures.label(right, "What it learned, at log-SNR 0", "noisy state x", "control u")
+    figures.label(left, f"One member, alpha = {data['kl_weight']:.2f}", "x", "density", ncols=3, **BELOW)
+    figures.label(right, "What it learned, at log-SNR 0", "noisy state x", "control u", ncols=3, **BELOW)
     return picture
