@@ -1,0 +1,156 @@
+"""Rewards of images by name, wherever they come from, and scores that one bad image does not spoil.
+
+A name is one of ``stablediffusion.rewards.REWARDS``, a function of one's own as ``"package.module:function"``, or a
+learned reward of ``stablediffusion.scorers``, whose weights are a folder or a hub id.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdeblend.io import write_atomically
+from stablediffusion.rewards import REWARDS, ImageReward, find_reward
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The least condition that rewards need.
+
+    Attributes:
+        prompts: one an image.
+    """
+
+    prompts: tuple[str, ...]
+
+    def rows(self, index: Tensor) -> Prompts:
+        """Return the condition of the rows ``index``, long (N,), repeated rows allowed."""
+        return Prompts(tuple(self.prompts[i] for i in index.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def image_reward(
+    name: str,
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = BATCH,
+) -> ImageReward:
+    """Return a reward by its name; a learned one loads its weights.
+
+    Args:
+        name: of a reward; see the module's docstring.
+        model: folder or hub id of a learned reward's weights; its own default if left out.
+        revision: branch, tag or commit on the hub.
+        device: where a learned reward computes.
+        dtype: of a learned reward's weights.
+        batch: images at a time in a learned reward.
+
+    Raises:
+        ValueError: an unknown name, weights that are missing or of another model, or a model for a reward without.
+    """
+    if ":" in name or name in REWARDS:
+        if model is not None or revision is not None:
+            raise ValueError(f"reward {name!r} loads no weights, got model {model!r}; leave model and revision out")
+        return find_reward(name)
+    # late: transformers takes seconds
+    from stablediffusion.scorers import SCORERS, load_scorer
+
+    if name not in SCORERS:
+        raise ValueError(
+            f"a reward must be one of {', '.join((*REWARDS, *SCORERS))} or 'package.module:function', got {name!r}; "
+            "correct it"
+        )
+    return load_scorer(name, model, revision=revision, device=device, dtype=dtype, batch=batch)
+
+
+@torch.no_grad()
+def score_each(
+    rewards: Mapping[str, ImageReward], images: Tensor, condition: Any, *, keep: Path | None = None, stem: str = ""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Score images one reward at a time; a reward that fails on some of them costs these and no others.
+
+    Where a reward raises an error on the batch it is asked again, image by image.
+
+    Args:
+        rewards: name -> reward.
+        images: (B, 3, H, W) in [0, 1].
+        condition: of the B rows, with ``prompts`` and ``rows``; None if no reward needs it.
+        keep: folder for the images on which a reward failed, as PNG files; None keeps none.
+        stem: how their names begin.
+
+    Returns:
+        name -> (B,) on the images' device, NaN where the reward failed; one sentence for each failure.
+    """
+    values: dict[str, Tensor] = {}
+    failures: list[str] = []
+    for name, reward in rewards.items():
+        value, wrong = _scored(reward, images, condition)
+        values[name] = value
+        for row, what in sorted(wrong.items()):
+            place = _kept(images[row], keep, f"{stem}{'-' if stem else ''}{name}-{row}")
+            failures.append(f"reward {name!r} failed on image {row}{place}: {what}")
+    return values, failures
+
+
+def _scored(reward: ImageReward, images: Tensor, condition: Any) -> tuple[Tensor, dict[int, str]]:
+    """Return the values of one reward, (B,), and row -> what went wrong."""
+    wrong: dict[int, str] = {}
+    try:
+        value = _checked(reward(images, condition), len(images)).to(images.device)
+    except Exception:
+        parts = []
+        for row in range(len(images)):
+            index = torch.tensor([row], device=images.device)
+            try:
+                one = _checked(reward(images[index], None if condition is None else condition.rows(index)), 1)
+            except Exception as error:
+                one, wrong[row] = torch.tensor([torch.nan]), _sentence(error)
+            parts.append(one.to(images.device))
+        value = torch.cat(parts) if parts else images.new_zeros(0)
+    for row in (~value.isfinite()).nonzero().flatten().tolist():
+        wrong.setdefault(row, f"its value is {float(value[row])}")
+    return torch.where(value.isfinite(), value, torch.nan), wrong
+
+
+def _checked(value: Any, count: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.shape != (count,):
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"it must give a tensor of shape ({count},), got {got}")
+    # float16 ends at 65504, and integers know no NaN
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _sentence(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
+
+
+def _kept(image: Tensor, folder: Path | None, name: str) -> str:
+    """Write an image (3, H, W), what is not finite as black, and return where, for a message."""
+    if folder is None:
+        return ""
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
+    try:
+        pixels = image.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu()
+        stream = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(stream, "PNG")
+        write_atomically(path, stream.getvalue())
+    except Exception as error:
+        return f" (which could not be kept as {path}: {_sentence(error)})"
+    return f" ({path})"
