@@ -1,15 +1,102 @@
-"""Learned rewards of images; none yet."""
+"""Learned rewards of images: CLIPScore, PickScore, HPSv2, LAION's aesthetic score, ImageReward.
+
+| name | weights | what it gives |
+|---|---|---|
+| ``clipscore`` | ``openai/clip-vit-large-patch14`` | 100 times the cosine of image and prompt |
+| ``pickscore`` | ``yuvalkirstain/PickScore_v1`` | preference, logits |
+| ``aesthetic`` | ``shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE`` | beauty, about 1 to 10 |
+| ``hpsv2`` | a folder of one's own | preference, cosine |
+| ``imagereward`` | a folder of one's own | preference, standard deviations of people's ratings |
+
+Weights are safetensors in a folder or on the hub; a pickle is never read and no code of a repository is run. Two
+rewards were published as pickles only, and need a folder that is made once. HPSv2 needs a ``CLIPModel`` of
+transformers: of version 2, ``CLIPModel.from_pretrained("adams-story/HPSv2-hf").save_pretrained(FOLDER)``; of 2.1,
+``HPS_v2.1_compressed.pt`` converted from OpenCLIP's names likewise. ImageReward needs ``ImageReward.safetensors``, the
+tensors of ``THUDM/ImageReward`` under their own names; see ``stablediffusion.scorers.blip``.
+
+All are differentiable. Their modules hold the formulas and sources.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+
+import torch
 
 from stablediffusion.rewards import ImageReward
 
-SCORERS: Mapping[str, str] = {}
+
+@dataclass(frozen=True)
+class Source:
+    """Where a learned reward comes from.
+
+    Attributes:
+        module: of this package.
+        loader: its function.
+        model: hub id of the weights, None where there are none in safetensors.
+        unit: of the values.
+        needs: what a folder must hold, where there is no hub id.
+    """
+
+    module: str
+    loader: str
+    model: str | None
+    unit: str
+    needs: str = ""
 
 
-def load_scorer(name: str, model: str | None = None, **options: Any) -> ImageReward:
-    """Return a learned reward by name."""
-    raise ValueError(f"there is no learned reward {name!r}")
+SCORERS: Mapping[str, Source] = {
+    "clipscore": Source("clip", "load_similarity", "openai/clip-vit-large-patch14", "100 cos(image, prompt)"),
+    "pickscore": Source("clip", "load_similarity", "yuvalkirstain/PickScore_v1", "logits of preference"),
+    "aesthetic": Source(
+        "clip", "load_aesthetic", "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
+        "aesthetic rating, about 1 to 10",
+    ),
+    "hpsv2": Source(
+        "clip", "load_similarity", None, "cos(image, prompt)", "a CLIPModel of transformers (config.json and "
+        "model.safetensors) with HPSv2's weights",
+    ),
+    "imagereward": Source(
+        "blip", "load_blip", None, "standard deviations of people's ratings",
+        "ImageReward.safetensors, made once from ImageReward.pt",
+    ),
+}  # fmt: skip
+
+
+def load_scorer(
+    name: str,
+    model: str | None = None,
+    *,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 16,
+) -> ImageReward:
+    """Load a learned reward.
+
+    Args:
+        name: one of ``SCORERS``.
+        model: folder or hub id of its weights; its own default if left out.
+        revision: branch, tag or commit on the hub.
+        device: where to compute.
+        dtype: of the weights; the head and all cosines are float32.
+        batch: images at a time.
+
+    Raises:
+        ValueError: an unknown name, no weights, or those of another model.
+    """
+    if name not in SCORERS:
+        raise ValueError(f"a learned reward must be one of {', '.join(SCORERS)}, got {name!r}; correct it")
+    source = SCORERS[name]
+    if not dtype.is_floating_point:
+        raise ValueError(f"reward {name!r} needs a dtype of floating point, got {dtype}; give torch.float32")
+    if model is None and source.model is None:
+        raise ValueError(
+            f"reward {name!r} was published as a pickle, which is never read, and needs a model: a folder with "
+            f"{source.needs}; see stablediffusion.scorers"
+        )
+    load = getattr(importlib.import_module(f"stablediffusion.scorers.{source.module}"), source.loader)
+    scorer = load(name, model or source.model, revision, device=torch.device(device), dtype=dtype, batch=batch)
+    return ImageReward(name, scorer, True, source.unit)

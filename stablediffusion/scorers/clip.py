@@ -1,0 +1,180 @@
+"""Rewards that are CLIP, or a head on it: CLIPScore, PickScore, HPSv2 and LAION's aesthetic score.
+
+With f(image) and g(prompt) the embeddings at length one, <f, g> is their cosine, and
+
+    CLIPScore    100 <f, g>
+    PickScore    exp(s) <f, g>, s the model's own logit_scale: its value in the model of Pick-a-Pic preferences
+    HPSv2        <f, g>, as its authors report it
+    aesthetic    MLP(f), on a scale that people gave from 1 to 10; no prompt
+
+CLIPScore here is not cut at zero, where its gradient would end: 2.5 max(cos, 0) of Hessel et al. is .025 times its
+positive part. PickScore and HPSv2 are CLIP ViT-H/14 tuned on preferences between images; only differences count.
+
+Embeddings are brought to length one, and the head applied, in float32 whatever precision the network has.
+
+Source: Hessel et al. 2104.08718 (CLIPScore); Kirstain et al. 2305.01569 (PickScore); Wu et al. 2306.09341 and its
+code, score.py (HPSv2); Schuhmann, improved-aesthetic-predictor (2022).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from stablediffusion.scorers.base import Scorer, check_tokens, head, unit
+from stablediffusion.scorers.files import fetch, filled, settings_of, tensors_of, with_files
+from stablediffusion.scorers.pixels import Pixels, pixels_of
+
+# The vocabulary and image settings are the same for every model here, for folders that come without.
+PROCESSOR = "openai/clip-vit-large-patch14"
+_TOKENIZER = ("tokenizer.json", "vocab.json")
+_PREPROCESSOR = "preprocessor_config.json"
+_ENDS = ("<|startoftext|>", "<|endoftext|>")
+# <f, g> times this; None is exp(logit_scale).
+_SCALES = {"clipscore": 100.0, "pickscore": None, "hpsv2": 1.0}
+
+
+class Similarity(Scorer):
+    """The scaled cosine of image and prompt; see the module's docstring."""
+
+    def __init__(
+        self, network: Any, tokenizer: Any, scale: float, *, pixels: Pixels, device: torch.device, batch: int
+    ) -> None:
+        super().__init__(pixels, device, batch)
+        self.network = network
+        self.tokenizer, self.scale = tokenizer, scale
+        self.length = int(self.network.config.text_config.max_position_embeddings)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = self.network.vision_model(pixel_values=pixels.to(self.network.dtype)).pooler_output
+        images = unit(self.network.visual_projection(seen))
+        return self.scale * (images * self._texts(prompts)).sum(-1)
+
+    @torch.no_grad()
+    def _texts(self, prompts: Sequence[str]) -> Tensor:
+        """Return the embeddings of prompts, one a row, each distinct one computed once."""
+        place = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+        tokens = self.tokenizer(
+            list(place), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(self.device)
+        read = self.network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        return unit(self.network.text_projection(read))[[place[prompt] for prompt in prompts]]
+
+
+class Aesthetic(Scorer):
+    """The head on the image's embedding; see the module's docstring."""
+
+    reads_prompts = False
+
+    def __init__(
+        self, network: Any, top: nn.Module, *, pixels: Pixels, device: torch.device, batch: int
+    ) -> None:
+        super().__init__(pixels, device, batch)
+        self.network, self.top = network, top
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = self.network(pixel_values=pixels.to(self.network.dtype)).image_embeds
+        return self.top(unit(seen))[:, 0]
+
+
+def load_similarity(
+    name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
+) -> Similarity:
+    """Load CLIPScore, PickScore or HPSv2 from a ``CLIPModel`` of transformers.
+
+    Args:
+        name: "clipscore", "pickscore" or "hpsv2".
+        model: folder or hub id with config.json and model.safetensors.
+        revision: of a hub id.
+        device: where to compute.
+        dtype: of the weights.
+        batch: images at a time.
+
+    Raises:
+        ValueError: for files that are missing, or of another model.
+    """
+    folder = fetch(name, model, revision)
+    table = settings_of(name, folder, "config.json")
+    if table.get("model_type") != "clip":
+        raise ValueError(
+            f"reward {name!r} needs a CLIPModel of transformers (model_type 'clip'), got {table.get('model_type')!r} "
+            f"in {folder / 'config.json'}; give such a folder or hub id"
+        )
+    config = _config(name, transformers.CLIPConfig, table, folder)
+    network: Any = filled(name, lambda: transformers.CLIPModel(config), tensors_of(name, folder), folder)
+    tokenizer = _tokenizer(name, folder, config.text_config)
+    pixels = _pixels(name, folder, config.vision_config.image_size)
+    fixed = _SCALES[name]
+    scale = float(network.logit_scale.exp()) if fixed is None else fixed
+    return Similarity(network.to(device, dtype), tokenizer, scale, pixels=pixels, device=device, batch=batch)
+
+
+def load_aesthetic(
+    name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
+) -> Aesthetic:
+    """Load an aesthetic score: a CLIP image encoder with projection, and the head's weights as ``layers.N``.
+
+    Args:
+        name: for messages.
+        model: folder or hub id with config.json and model.safetensors.
+        revision: of a hub id.
+        device: where to compute.
+        dtype: of the encoder's weights.
+        batch: images at a time.
+
+    Raises:
+        ValueError: for files that are missing, or of another model.
+    """
+    folder = fetch(name, model, revision)
+    table = settings_of(name, folder, "config.json")
+    state = tensors_of(name, folder)
+    if not any(key.startswith("layers.") for key in state):
+        raise ValueError(
+            f"reward {name!r} needs a CLIP image encoder with the head's weights 'layers.0.weight', ..., got none of "
+            f"these in {folder} (model_type {table.get('model_type')!r}); give a model such as its default"
+        )
+    # the settings are those of the image encoder alone, under a name of the author's own
+    flat = {key: value for key, value in table.items() if key not in ("model_type", "architectures", "auto_map")}
+    config = _config(name, transformers.CLIPVisionConfig, flat, folder)
+    tops = {key.removeprefix("layers."): value for key, value in state.items() if key.startswith("layers.")}
+    rest = {key: value for key, value in state.items() if not key.startswith("layers.")}
+    network: Any = filled(name, lambda: transformers.CLIPVisionModelWithProjection(config), rest, folder)
+    top = filled(name, lambda: head(config.projection_dim), tops, folder)
+    pixels = _pixels(name, folder, config.image_size)
+    return Aesthetic(network.to(device, dtype), top.to(device), pixels=pixels, device=device, batch=batch)
+
+
+def _config(name: str, kind: Any, table: dict[str, Any], folder: Path) -> Any:
+    try:
+        return kind.from_dict(json.loads(json.dumps(table)))
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r} needs a config.json that transformers {transformers.__version__} reads, got one in "
+            f"{folder} that it refuses ({type(error).__name__}); replace it"
+        ) from error
+
+
+def _pixels(name: str, folder: Path, image_size: int) -> Pixels:
+    source = with_files(name, folder, (_PREPROCESSOR,), PROCESSOR)
+    return pixels_of(name, settings_of(name, source, _PREPROCESSOR), image_size, source)
+
+
+def _tokenizer(name: str, folder: Path, config: Any) -> Any:
+    source = with_files(name, folder, _TOKENIZER, PROCESSOR)
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(
+            source, model_max_length=config.max_position_embeddings, local_files_only=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r} needs a CLIP tokenizer in {source}, got one that cannot be read "
+            f"({type(error).__name__}); copy tokenizer.json of the same model there"
+        ) from error
+    check_tokens(name, tokenizer, config.vocab_size, _ENDS, source)
+    return tokenizer
