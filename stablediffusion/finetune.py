@@ -2,7 +2,8 @@
 
 ``kind = "pipeline"``; ``path`` is a folder or hub id, and ``prompts`` a file with one a line, or a list. Without a path
 it is the bundled model, and then prompts may be left out too: they are captions as it was trained on, never those held
-out for its evaluation. The other keys are the arguments of ``PipelineTunable``.
+out for its evaluation. ``rewards`` is a table of the learned rewards' models, see ``stablediffusion.scoring``. The
+other keys are the arguments of ``PipelineTunable``.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
 from stablediffusion.bundled import MODEL
-from stablediffusion.rewards import find_reward
+from stablediffusion.scoring import image_rewards
 from stablediffusion.tunable import Layers, PipelineTunable
 
 _Precision = Literal["float32", "bfloat16", "float16"]
 _OPTIONAL: Spec = {
+    "rewards": (dict, {}),
     "rank": (int, 4),
     "alpha": (float, None),
     "layers": (list[Layers], ["attention"]),
@@ -51,10 +53,7 @@ def build(
         ValueError: a key that does not exist, a pipeline that cannot be read or tuned, an unknown reward.
     """
     settings = check_keys(table, _GIVEN if "path" in table else _BUNDLED, file=file, section="[model]")
-    try:
-        found: dict[str, Reward] = {name: find_reward(name) for name in rewards}
-    except ValueError as error:
-        raise ValueError(f"{file}: [rewards] {error}") from error
+    found: dict[str, Reward] = {**image_rewards(rewards, settings.pop("rewards"), file=file, device=device)}
     pipe = _pipeline(settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype")), file).to(device)
     settings["save_dtype"] = getattr(torch, settings["save_dtype"])
     prompts = settings.pop("prompts")

@@ -1,26 +1,38 @@
 """Rewards of images by name, wherever they come from, and scores that one bad image does not spoil.
 
 A name is one of ``stablediffusion.rewards.REWARDS``, a function of one's own as ``"package.module:function"``, or a
-learned reward of ``stablediffusion.scorers``, whose weights are a folder or a hub id.
+learned reward of ``stablediffusion.scorers``, whose weights are a folder or a hub id. A settings file says which, by
+name, where the default is not wanted, in a table such as
+
+    [model.rewards]
+    hpsv2 = "weights/hpsv2"                                       # folder or hub id
+    pickscore = { revision = "main", dtype = "float16", batch = 8 }   # any of these, and model
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sdeblend.config import Spec, check_keys
 from sdeblend.io import write_atomically
 from stablediffusion.rewards import REWARDS, ImageReward, find_reward
 
 BATCH = 16
+_MODEL: Spec = {
+    "model": (str, None),
+    "revision": (str, None),
+    "dtype": (Literal["float32", "bfloat16", "float16"], "float32"),
+    "batch": (int, BATCH),
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,49 @@ def image_reward(
             "correct it"
         )
     return load_scorer(name, model, revision=revision, device=device, dtype=dtype, batch=batch)
+
+
+def image_rewards(
+    names: Sequence[str],
+    models: Mapping[str, Any],
+    *,
+    file: str | Path,
+    section: str = "[model.rewards]",
+    device: torch.device | str = "cpu",
+) -> dict[str, ImageReward]:
+    """Return rewards by name, their models as a settings file gives them.
+
+    Args:
+        names: of the rewards.
+        models: name -> folder or hub id, or a table with ``model``, ``revision``, ``dtype`` and ``batch``.
+        file: the settings file, for messages.
+        section: how the table is headed there, for messages.
+        device: where learned rewards compute.
+
+    Raises:
+        ValueError: a reward that does not exist or cannot be loaded, a key that is not known, a model for a reward
+            that is not asked for.
+    """
+    for name in models:
+        if name not in names:
+            raise ValueError(
+                f"{file}: {section} {name!r} is none of the rewards asked for ({', '.join(names)}); name it there, or "
+                "take it out"
+            )
+    rewards = {}
+    for name in names:
+        given = models.get(name, {})
+        if not isinstance(given, str | Mapping):
+            raise ValueError(f"{file}: {section} {name} must be a folder, a hub id or a table, got {given!r}")
+        table = {"model": given} if isinstance(given, str) else given
+        head = f"{section[:-1]}.{name}]"
+        options = check_keys(table, _MODEL, file=file, section=head)
+        options["dtype"] = getattr(torch, options["dtype"])
+        try:
+            rewards[name] = image_reward(name, device=device, **options)
+        except ValueError as error:
+            raise ValueError(f"{file}: {head if name in models else '[rewards]'} {error}") from error
+    return rewards
 
 
 @torch.no_grad()

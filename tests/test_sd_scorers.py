@@ -12,9 +12,13 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sdeblend.finetune.config import trainer_of
+from sdeblend.finetune.reward import WeightedReward
+from stablediffusion.finetune import build
 from stablediffusion.scorers import SCORERS, blip
 from stablediffusion.scorers.pixels import CLIP_STD, Pixels, pixels_of
 from stablediffusion.scoring import Prompts, image_reward, score_each
+from stablediffusion.testing import tiny_pipeline
 from tests import scorer_models
 from tests.scorer_models import SIDE, aesthetic_folder, blip_folder, clip_folder, processor, seeded
 from tests.strategies import refuses
@@ -284,3 +288,30 @@ def test_image_sizes_need_not_be_the_models(models):
         expected = 100 * (model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()).diag()
     values = reward(images, PROMPTS)
     assert np.abs((values - expected).numpy()).max() < 0.1 * float(expected.std())
+
+
+def test_tuning_on_a_learned_reward(models, tmp_path):
+    """A table says where the weights are; a trainer that needs gradients takes a step on them."""
+    tiny_pipeline("sd15", seed=1).save_pretrained(tmp_path / "model")
+    file, folder = tmp_path / "c.toml", place(models, "hpsv2")
+    table = {"path": str(tmp_path / "model"), "prompts": ["a ring", "a red circle"], "rank": 2, "height": 16,
+             "width": 16}  # fmt: skip
+
+    def built(models, names=("hpsv2", "vivid")):
+        return build(table | {"rewards": models}, names, file=file, seed=0, device=torch.device("cpu"))
+
+    model, rewards = built({"hpsv2": {"model": folder, "batch": 3, "dtype": "bfloat16"}})
+    assert rewards["hpsv2"].function.batch == 3 and rewards["hpsv2"].function.network.dtype == torch.bfloat16
+    model, rewards = built({"hpsv2": folder})
+    kind, settings = trainer_of("backprop")
+    before = {k: p.detach().clone() for k, p in model.trainable().items()}
+    trainer = kind(model, WeightedReward({"hpsv2": rewards["hpsv2"]}),
+                   settings(kl_weight=0.1, groups=2, group_size=2, steps=2, learning_rate=1e-2))  # fmt: skip
+    assert all(np.isfinite(value) for value in trainer.iterate().values())
+    assert any(not torch.equal(before[k], p) for k, p in model.trainable().items())
+    refuses(lambda: built({"clipscore": folder}), "c.toml: [model.rewards] 'clipscore'", "hpsv2, vivid")
+    refuses(lambda: built({"hpsv2": 3}), "c.toml: [model.rewards] hpsv2 must be", "got 3")
+    refuses(lambda: built({"hpsv2": {"folder": folder}}), "c.toml: [model.rewards.hpsv2]", "'folder'")
+    refuses(lambda: built({"vivid": folder, "hpsv2": folder}), "c.toml: [model.rewards.vivid]", "loads no weights")
+    refuses(lambda: built({}), "c.toml: [rewards] reward 'hpsv2'", "folder")
+    refuses(lambda: built({}, ("beauty",)), "c.toml: [rewards] a reward must be", "pickscore", "'beauty'")

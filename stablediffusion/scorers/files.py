@@ -105,7 +105,7 @@ def tensors_of(name: str, folder: Path, *, file: str = _WEIGHTS[0], convert: str
         how = convert or "from transformers import CLIPModel; CLIPModel.from_pretrained(OLD).save_pretrained(NEW)"
         raise ValueError(
             f"reward {name!r} needs {missing[0] if missing else file} in {folder}, got {what}; "
-            f"{f'convert it: {how}' if pickles else 'download it'}"
+            f"{f'convert it: {how}' if pickles else 'give a folder or hub id that has it'}"
         )
     try:
         return {key: value for path in files for key, value in load_file(path).items()}
