@@ -74,6 +74,41 @@ def aesthetic_folder(folder):
     return model, top
 
 
+def openclip_folder(folder):
+    """Save a CLIPModel with the heads of ViT-H/14 under OpenCLIP's names, without settings, and return it."""
+    config = clip_config()
+    for part in (config.text_config, config.vision_config):
+        part.num_attention_heads, part.hidden_act = 16, "gelu"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomised(transformers.CLIPModel(config))
+    own, state = model.state_dict(), {}
+    state["visual.class_embedding"] = own["vision_model.embeddings.class_embedding"]
+    state["visual.positional_embedding"] = own["vision_model.embeddings.position_embedding.weight"]
+    state["visual.conv1.weight"] = own["vision_model.embeddings.patch_embedding.weight"]
+    state["visual.proj"], state["text_projection"] = own["visual_projection.weight"].T, own["text_projection.weight"].T
+    state["token_embedding.weight"] = own["text_model.embeddings.token_embedding.weight"]
+    state["positional_embedding"] = own["text_model.embeddings.position_embedding.weight"]
+    state["logit_scale"] = own["logit_scale"]
+    norms = {"visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm",
+             "ln_final": "text_model.final_layer_norm"}  # fmt: skip
+    for i in range(2):
+        for theirs, ours in (("visual.transformer", "vision_model"), ("transformer", "text_model")):
+            block, layer = f"{theirs}.resblocks.{i}", f"{ours}.encoder.layers.{i}"
+            norms |= {f"{block}.ln_1": f"{layer}.layer_norm1", f"{block}.ln_2": f"{layer}.layer_norm2"}
+            norms |= {f"{block}.mlp.c_fc": f"{layer}.mlp.fc1", f"{block}.mlp.c_proj": f"{layer}.mlp.fc2"}
+            norms |= {f"{block}.attn.out_proj": f"{layer}.self_attn.out_proj"}
+            for kind in ("weight", "bias"):
+                parts = [own[f"{layer}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                state[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+    state |= {f"{a}.{kind}": own[f"{b}.{kind}"] for a, b in norms.items() for kind in ("weight", "bias")}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    clip_tokenizer().save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return model
+
+
 def blip_state(depth=2):
     """Return random tensors under the names of the original ImageReward checkpoint, as its code makes them."""
     shapes = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, (SIDE // PATCH) ** 2 + 1, WIDTH),

@@ -20,7 +20,7 @@ from stablediffusion.scorers.pixels import CLIP_STD, Pixels, pixels_of
 from stablediffusion.scoring import Prompts, image_reward, score_each
 from stablediffusion.testing import tiny_pipeline
 from tests import scorer_models
-from tests.scorer_models import SIDE, aesthetic_folder, blip_folder, clip_folder, processor, seeded
+from tests.scorer_models import SIDE, aesthetic_folder, blip_folder, clip_folder, openclip_folder, processor, seeded
 from tests.strategies import refuses
 
 PROMPTS = Prompts(("a red circle", "a ring", "a red circle", "x" * 300, ""))
@@ -71,6 +71,31 @@ def test_similarities_are_those_of_transformers(models, name):
     assert values.shape == (5,) and values.dtype == torch.float32 and reward.differentiable and reward.unit
     torch.testing.assert_close(values, expected, atol=1e-5 * factor, rtol=1e-4)
     assert (values - factor * logits.roll(1, 1).diag()).abs().max() > 1e-2 * factor
+
+
+def test_human_preference_score_under_openclips_names(models, tmp_path):
+    """As it is published; the same model with another activation is the control."""
+    model, images = openclip_folder(tmp_path), pictures()
+    pixels = processor()(as_files(images), return_tensors="pt").pixel_values
+    tokens = transformers.CLIPTokenizer.from_pretrained(tmp_path)(
+        list(PROMPTS.prompts), padding=True, max_length=77, truncation=True, return_tensors="pt"
+    )
+
+    def scores():
+        with torch.no_grad():
+            return (model(pixel_values=pixels, **tokens).logits_per_image / model.logit_scale.exp()).diag()
+
+    values = image_reward("hpsv2", str(tmp_path))(images, PROMPTS)
+    torch.testing.assert_close(values, scores(), atol=1e-5, rtol=1e-4)
+    for layer in model.vision_model.encoder.layers:
+        layer.mlp.activation_fn = torch.nn.SiLU()
+    assert (values - scores()).abs().max() > 1e-3
+    state = load_file(tmp_path / "model.safetensors")
+    for lost, part in (("visual.proj", "visual_projection.weight"), ("ln_final.bias", "final_layer_norm.bias is mis")):
+        save_file({k: v for k, v in state.items() if k != lost}, tmp_path / "model.safetensors")
+        refuses(lambda: image_reward("hpsv2", str(tmp_path)), part)
+    (tmp_path / "model.safetensors").rename(tmp_path / "HPS_v2.1_compressed.pt")
+    refuses(lambda: image_reward("hpsv2", str(tmp_path)), "HPS_v2.1_compressed.pt, a pickle", "['state_dict']")
 
 
 @pytest.mark.rng_untouched
@@ -220,7 +245,7 @@ def test_a_learned_reward_that_fails_on_one_image(models, tmp_path):
 
 def test_wrong_models_are_refused(models, tmp_path, monkeypatch):
     root = models[0]
-    refuses(lambda: image_reward("hpsv2"), "pickle", "folder", "config.json", "model.safetensors")
+    refuses(lambda: image_reward("hpsv2"), "pickle", "folder", "HPS_v2.1_compressed.pt", "model.safetensors")
     refuses(lambda: image_reward("imagereward"), "pickle", "ImageReward.safetensors")
     refuses(lambda: reward_of(models, "clipscore", batch=0), "batch must be at least 1")
     refuses(lambda: reward_of(models, "clipscore", dtype=torch.int8), "floating point")

@@ -9,12 +9,19 @@
 | ``imagereward`` | a folder of one's own | preference, standard deviations of people's ratings |
 
 Weights are safetensors in a folder or on the hub; a pickle is never read and no code of a repository is run. Two
-rewards were published as pickles only, and need a folder that is made once. HPSv2 needs a ``CLIPModel`` of
-transformers: of version 2, ``CLIPModel.from_pretrained("adams-story/HPSv2-hf").save_pretrained(FOLDER)``; of 2.1,
-``HPS_v2.1_compressed.pt`` converted from OpenCLIP's names likewise. ImageReward needs ``ImageReward.safetensors``, the
-tensors of ``THUDM/ImageReward`` under their own names; see ``stablediffusion.scorers.blip``.
+rewards were published as pickles only, and need a folder that is made once, as they are named there:
 
-All are differentiable. Their modules hold the formulas and sources.
+    from safetensors.torch import save_file
+    save_file(torch.load("HPS_v2.1_compressed.pt", weights_only=True)["state_dict"], "hpsv2/model.safetensors")
+    save_file(torch.load("ImageReward.pt", weights_only=True), "imagereward/ImageReward.safetensors")
+
+of ``xswu/HPSv2`` and ``THUDM/ImageReward``. HPSv2 may also be a ``CLIPModel`` of transformers: version 2 is
+``CLIPModel.from_pretrained("adams-story/HPSv2-hf").save_pretrained(FOLDER)``. Tokenizers and image settings that a
+folder lacks are those of CLIP and of ``google-bert/bert-base-uncased``, fetched from the hub.
+
+All are differentiable. Their modules hold the formulas and sources. An evaluation on Stable Diffusion 1.5 as in the
+paper on Diffusion Blend takes ``imagereward`` (a folder), ``pickscore``, ``clipscore`` and ``aesthetic`` (the ids
+above); VILA, its aesthetic score, exists for TensorFlow alone, and ``aesthetic`` is another score in its place.
 """
 
 from __future__ import annotations
@@ -55,8 +62,8 @@ SCORERS: Mapping[str, Source] = {
         "aesthetic rating, about 1 to 10",
     ),
     "hpsv2": Source(
-        "clip", "load_similarity", None, "cos(image, prompt)", "a CLIPModel of transformers (config.json and "
-        "model.safetensors) with HPSv2's weights",
+        "clip", "load_similarity", None, "cos(image, prompt)",
+        "model.safetensors, made once from HPS_v2.1_compressed.pt",
     ),
     "imagereward": Source(
         "blip", "load_blip", None, "standard deviations of people's ratings",
@@ -94,8 +101,8 @@ def load_scorer(
         raise ValueError(f"reward {name!r} needs a dtype of floating point, got {dtype}; give torch.float32")
     if model is None and source.model is None:
         raise ValueError(
-            f"reward {name!r} was published as a pickle, which is never read, and needs a model: a folder with "
-            f"{source.needs}; see stablediffusion.scorers"
+            f"reward {name!r} needs a model, for it was published as a pickle, which is never read: give a folder with "
+            f"{source.needs} as the docstring of stablediffusion.scorers shows"
         )
     load = getattr(importlib.import_module(f"stablediffusion.scorers.{source.module}"), source.loader)
     scorer = load(name, model or source.model, revision, device=torch.device(device), dtype=dtype, batch=batch)

@@ -32,7 +32,7 @@ TOKENIZER = "google-bert/bert-base-uncased"
 LENGTH = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 HEAD_WIDTH = 64
-_CONVERT = f"safetensors.torch.save_file(torch.load('ImageReward.pt', weights_only=True), '{FILE}')"
+_CONVERT = "safetensors.torch.save_file(torch.load(OLD, weights_only=True), NEW)"
 _UNUSED = ("vision_proj.", "text_proj.")
 # In this order: a name goes through all of them.
 _VISION_NAMES = (

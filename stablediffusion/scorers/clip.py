@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from stablediffusion.scorers import openclip
 from stablediffusion.scorers.base import Scorer, check_tokens, head, unit
 from stablediffusion.scorers.files import fetch, filled, settings_of, tensors_of, with_files
 from stablediffusion.scorers.pixels import Pixels, pixels_of
@@ -36,6 +37,7 @@ PROCESSOR = "openai/clip-vit-large-patch14"
 _TOKENIZER = ("tokenizer.json", "vocab.json")
 _PREPROCESSOR = "preprocessor_config.json"
 _ENDS = ("<|startoftext|>", "<|endoftext|>")
+_CONVERT = "safetensors.torch.save_file(torch.load(OLD, weights_only=True)['state_dict'], NEW)"
 # <f, g> times this; None is exp(logit_scale).
 _SCALES = {"clipscore": 100.0, "pickscore": None, "hpsv2": 1.0}
 
@@ -86,11 +88,11 @@ class Aesthetic(Scorer):
 def load_similarity(
     name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
 ) -> Similarity:
-    """Load CLIPScore, PickScore or HPSv2 from a ``CLIPModel`` of transformers.
+    """Load CLIPScore, PickScore or HPSv2 from a ``CLIPModel`` of transformers, or HPSv2 under OpenCLIP's names.
 
     Args:
         name: "clipscore", "pickscore" or "hpsv2".
-        model: folder or hub id with config.json and model.safetensors.
+        model: folder or hub id with config.json and model.safetensors; OpenCLIP's needs no config.json.
         revision: of a hub id.
         device: where to compute.
         dtype: of the weights.
@@ -100,14 +102,16 @@ def load_similarity(
         ValueError: for files that are missing, or of another model.
     """
     folder = fetch(name, model, revision)
-    table = settings_of(name, folder, "config.json")
-    if table.get("model_type") != "clip":
-        raise ValueError(
-            f"reward {name!r} needs a CLIPModel of transformers (model_type 'clip'), got {table.get('model_type')!r} "
-            f"in {folder / 'config.json'}; give such a folder or hub id"
-        )
-    config = _config(name, transformers.CLIPConfig, table, folder)
-    network: Any = filled(name, lambda: transformers.CLIPModel(config), tensors_of(name, folder), folder)
+    config, state = _openclip(name, folder) if name == "hpsv2" else (None, {})
+    if config is None:
+        table = settings_of(name, folder, "config.json")
+        if table.get("model_type") != "clip":
+            raise ValueError(
+                f"reward {name!r} needs a CLIPModel of transformers (model_type 'clip'), got "
+                f"{table.get('model_type')!r} in {folder / 'config.json'}; give such a folder or hub id"
+            )
+        config, state = _config(name, transformers.CLIPConfig, table, folder), tensors_of(name, folder)
+    network: Any = filled(name, lambda: transformers.CLIPModel(config), state, folder)
     tokenizer = _tokenizer(name, folder, config.text_config)
     pixels = _pixels(name, folder, config.vision_config.image_size)
     fixed = _SCALES[name]
@@ -148,6 +152,23 @@ def load_aesthetic(
     top = filled(name, lambda: head(config.projection_dim), tops, folder)
     pixels = _pixels(name, folder, config.image_size)
     return Aesthetic(network.to(device, dtype), top.to(device), pixels=pixels, device=device, batch=batch)
+
+
+def _openclip(name: str, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """Return settings and weights of a model under OpenCLIP's names, or None and nothing of another."""
+    if (folder / "config.json").is_file():
+        return None, {}
+    state = tensors_of(name, folder, convert=_CONVERT)
+    if not openclip.is_openclip(state):
+        return None, {}
+    renamed = openclip.transformers_names(state)
+    try:
+        return openclip.config_of(renamed), renamed
+    except KeyError as error:
+        raise ValueError(
+            f"reward {name!r} needs all weights of CLIP ViT-H/14 in {folder}, got a file without {error}; convert "
+            "HPS_v2.1_compressed.pt again"
+        ) from error
 
 
 def _config(name: str, kind: Any, table: dict[str, Any], folder: Path) -> Any:

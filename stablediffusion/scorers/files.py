@@ -101,8 +101,8 @@ def tensors_of(name: str, folder: Path, *, file: str = _WEIGHTS[0], convert: str
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        what = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no such file"
-        how = convert or "from transformers import CLIPModel; CLIPModel.from_pretrained(OLD).save_pretrained(NEW)"
+        what = f"{pickles[0]}, a pickle, which is never read" if pickles else "no such file"
+        how = convert or "transformers.CLIPModel.from_pretrained(OLD).save_pretrained(NEW)"
         raise ValueError(
             f"reward {name!r} needs {missing[0] if missing else file} in {folder}, got {what}; "
             f"{f'convert it: {how}' if pickles else 'give a folder or hub id that has it'}"
