@@ -200,6 +200,18 @@ def test_pixels_read_older_settings():
     refuses(lambda: Pixels()(torch.rand(3, 8, 8)), "(B, 3, H, W)")
 
 
+def test_pixels_of_a_whole_image():
+    """The longer side fits, the rest is black: HPSv2 sees a wide image as it sees that image on a black square."""
+    padded, cut = Pixels(SIDE, (SIDE, SIDE), pad=True), Pixels(SIDE, (SIDE, SIDE))
+    images = pictures(2, 48, 96)
+    square = torch.nn.functional.pad(images, (0, 0, 24, 24))
+    inside = slice(10, 22)  # away from the edge between image and black, which resizing blurs
+    torch.testing.assert_close(padded(images)[:, :, inside], cut(square)[:, :, inside], atol=1e-5, rtol=1e-5)
+    assert torch.equal(padded(images)[:, :, :8], cut(0 * square)[:, :, :8])
+    assert padded(pictures(1, 33, 97)).shape == padded(pictures(1, 20, 7)).shape == (1, 3, SIDE, SIDE)
+    assert torch.equal(padded(pictures(1, 40, 40)), cut(pictures(1, 40, 40)))
+
+
 def test_weights_in_several_files_and_without_a_processor(models, tmp_path, monkeypatch):
     """A tokenizer that the folder lacks is fetched, never the weights beside it."""
     clip_folder(tmp_path, max_shard_size="50KB")

@@ -8,7 +8,11 @@ With f(image) and g(prompt) the embeddings at length one, <f, g> is their cosine
     aesthetic    MLP(f), on a scale that people gave from 1 to 10; no prompt
 
 CLIPScore here is not cut at zero, where its gradient would end: 2.5 max(cos, 0) of Hessel et al. is .025 times its
-positive part. PickScore and HPSv2 are CLIP ViT-H/14 tuned on preferences between images; only differences count.
+positive part. PickScore and HPSv2 are CLIP ViT-H/14 tuned on preferences between images; only differences count. As
+its own code does, HPSv2 sees the whole of an image that is not square, on black; the others see its centre.
+
+The code released with Diffusion Blend subtracts 19 from PickScore, stretches images to a square and leaves out the
+mean and deviation of the channels, without which the model was not trained: its values differ from these.
 
 Embeddings are brought to length one, and the head applied, in float32 whatever precision the network has.
 
@@ -18,6 +22,7 @@ code, score.py (HPSv2); Schuhmann, improved-aesthetic-predictor (2022).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,6 +119,9 @@ def load_similarity(
     network: Any = filled(name, lambda: transformers.CLIPModel(config), state, folder)
     tokenizer = _tokenizer(name, folder, config.text_config)
     pixels = _pixels(name, folder, config.vision_config.image_size)
+    if name == "hpsv2":
+        side = config.vision_config.image_size
+        pixels = dataclasses.replace(pixels, size=side, crop=(side, side), pad=True)
     fixed = _SCALES[name]
     scale = float(network.logit_scale.exp()) if fixed is None else fixed
     return Similarity(network.to(device, dtype), tokenizer, scale, pixels=pixels, device=device, batch=batch)

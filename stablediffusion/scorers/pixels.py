@@ -33,6 +33,7 @@ class Pixels:
         mean: of each channel.
         std: of each channel.
         mode: "bicubic" or "bilinear".
+        pad: whether to fit the longer side instead and fill the rest with black; ``crop`` is then the size.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -40,6 +41,7 @@ class Pixels:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
+    pad: bool = False
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the input, float32 (B, 3, height, width).
@@ -60,6 +62,10 @@ class Pixels:
                 x = nn.functional.interpolate(x, sides, mode=self.mode, antialias=True).clamp(0, 1)
         if self.crop is not None:
             h, w = self.crop
+            if self.pad:
+                left, top = (w - width) // 2, (h - height) // 2
+                x = nn.functional.pad(x, (left, w - width - left, top, h - height - top))
+                height, width = h, w
             if h > height or w > width:
                 raise ValueError(f"images must have at least {h} x {w} pixels for this model, got {height} x {width}")
             top, left = (height - h) // 2, (width - w) // 2
@@ -72,6 +78,9 @@ class Pixels:
             return height, width
         if isinstance(self.size, tuple):
             return self.size
+        if self.pad:
+            long = max(height, width)
+            return max(1, round(self.size * height / long)), max(1, round(self.size * width / long))
         # the longer side is rounded down
         short = min(height, width)
         return int(self.size * height / short), int(self.size * width / short)
