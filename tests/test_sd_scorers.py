@@ -23,7 +23,7 @@ from tests import scorer_models
 from tests.scorer_models import SIDE, aesthetic_folder, blip_folder, clip_folder, openclip_folder, processor, seeded
 from tests.strategies import refuses
 
-PROMPTS = Prompts(("a red circle", "a ring", "a red circle", "x" * 300, ""))
+PROMPTS = Prompts(("a red circle", "a ring", "a red circle", "x y z " * 50, ""))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_pixels_read_older_settings():
     refuses(lambda: Pixels()(torch.rand(3, 8, 8)), "(B, 3, H, W)")
 
 
-def test_pixels_of_a_whole_image():
+def test_pixels_of_a_whole_image(models):
     """The longer side fits, the rest is black: HPSv2 sees a wide image as it sees that image on a black square."""
     padded, cut = Pixels(SIDE, (SIDE, SIDE), pad=True), Pixels(SIDE, (SIDE, SIDE))
     images = pictures(2, 48, 96)
@@ -210,6 +210,11 @@ def test_pixels_of_a_whole_image():
     assert torch.equal(padded(images)[:, :, :8], cut(0 * square)[:, :, :8])
     assert padded(pictures(1, 33, 97)).shape == padded(pictures(1, 20, 7)).shape == (1, 3, SIDE, SIDE)
     assert torch.equal(padded(pictures(1, 40, 40)), cut(pictures(1, 40, 40)))
+    images = pictures(5, SIDE // 2, SIDE)
+    square = torch.nn.functional.pad(images, (0, 0, SIDE // 4, SIDE // 4))
+    whole, centre = reward_of(models, "hpsv2"), reward_of(models, "clipscore")
+    torch.testing.assert_close(whole(images, PROMPTS), whole(square, PROMPTS), atol=1e-5, rtol=1e-4)
+    assert (centre(images, PROMPTS) - centre(square, PROMPTS)).abs().max() > 1
 
 
 def test_weights_in_several_files_and_without_a_processor(models, tmp_path, monkeypatch):
