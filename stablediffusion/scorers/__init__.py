@@ -101,8 +101,8 @@ def load_scorer(
         raise ValueError(f"reward {name!r} needs a dtype of floating point, got {dtype}; give torch.float32")
     if model is None and source.model is None:
         raise ValueError(
-            f"reward {name!r} needs a model, for it was published as a pickle, which is never read: give a folder with "
-            f"{source.needs} as the docstring of stablediffusion.scorers shows"
+            f"reward {name!r} needs a model, published as a pickle, which is never read: give a folder with "
+            f"{source.needs} (see stablediffusion.scorers)"
         )
     load = getattr(importlib.import_module(f"stablediffusion.scorers.{source.module}"), source.loader)
     scorer = load(name, model or source.model, revision, device=torch.device(device), dtype=dtype, batch=batch)
