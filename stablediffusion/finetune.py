@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
 from stablediffusion.bundled import MODEL
+from stablediffusion.loading import load_pipeline
 from stablediffusion.scoring import image_rewards
 from stablediffusion.tunable import Layers, PipelineTunable
 
@@ -54,7 +54,8 @@ def build(
     """
     settings = check_keys(table, _GIVEN if "path" in table else _BUNDLED, file=file, section="[model]")
     found: dict[str, Reward] = {**image_rewards(rewards, settings.pop("rewards"), file=file, device=device)}
-    pipe = _pipeline(settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype")), file).to(device)
+    path, dtype = settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype"))
+    pipe = load_pipeline(path, dtype, what=f"{file}: [model] path").to(device)
     settings["save_dtype"] = getattr(torch, settings["save_dtype"])
     prompts = settings.pop("prompts")
     try:
@@ -68,15 +69,3 @@ def training_captions(count: int, generator: torch.Generator) -> list[str]:
     from stablediffusion.small.scenes import caption, mention, sample_scenes
 
     return [caption(scene) for scene in mention(sample_scenes(count, generator), generator)]
-
-
-def _pipeline(path: str, dtype: torch.dtype, file: Path) -> Any:
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{file}: [model] path must be a folder or hub id of a diffusers pipeline, got {path!r}, which cannot be "
-            f"read ({type(error).__name__}); check it"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

@@ -29,6 +29,7 @@ from stablediffusion.attach import blend
 from stablediffusion.bundled import MODEL, bundled_member
 from stablediffusion.command import BUNDLED
 from stablediffusion.knobs import Knobs
+from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora
 from stablediffusion.members import load_members
 
@@ -88,18 +89,11 @@ class Run:
     def _pipeline(self) -> Any:
         s = self.settings
         source = MODEL if s["model"] == BUNDLED else s["model"]
-        try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=getattr(torch, s["dtype"]))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model must be a folder or hub id of a diffusers pipeline, got {s['model']!r}, not readable: "
-                f"{' '.join(str(error).split())}"
-            ) from error
+        pipe = load_pipeline(str(source), getattr(torch, s["dtype"]), what="--model")
         if s["scheduler"] != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
             # clipping is a default of these classes and wrong on latents
             extra = {} if s["scheduler"] == "euler-a" else {"clip_sample": False}
             pipe.scheduler = _SCHEDULERS[s["scheduler"]].from_config(pipe.scheduler.config, **extra)
-        pipe.set_progress_bar_config(disable=True)
         return pipe.to(s["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _check_device(self) -> None:

@@ -15,13 +15,14 @@ Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdeblend.score import conversion
+from stablediffusion.adapters import SOUPS
 from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
 from stablediffusion.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
@@ -143,6 +144,36 @@ class PipelineScore:
             if upcast:
                 vae.to(dtype)
         return self.pipe.image_processor.postprocess(image, output_type=output_type)
+
+
+class SoupScore:
+    """The score of one network whose adapters are averaged: the rewarded soup, on latents.
+
+    Args:
+        base: of the pipeline alone, without members.
+        members: LoRA members of the denoiser.
+        coefficients: member -> c_i.
+        mode: "soup" for the exact average of the changes, "soup-factors" for that of the factors.
+
+    Raises:
+        ValueError: a member that changes the text encoder, or is a whole network.
+    """
+
+    def __init__(self, base: PipelineScore, members: Members, coefficients: Mapping[str, float], mode: str) -> None:
+        for name in coefficients:
+            if members[name].text_encoders or members[name].module is not None:
+                raise ValueError(f"a soup of scores needs LoRA members of the denoiser alone, got {name!r}")
+        self.base, self.members, self.coefficients, self.mode = base, members, dict(coefficients), mode
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the guided score (B, *event)."""
+        # What is active and no member of ``base`` belongs to its network: here, the soup.
+        with self.members.switch.borrowed() as switch, SOUPS[self.mode](switch, self.coefficients):
+            return self.base(x, t, (0,))[0]
+
+    def rows(self, index: Tensor) -> SoupScore:
+        """Return the score of the images ``index``."""
+        return SoupScore(self.base.rows(index), self.members, self.coefficients, self.mode)
 
 
 def pipeline_score(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Member:
         kl_weight: what it was tuned at, the alpha of exp(r / alpha); None where its file does not say.
         reward: weight of each reward it was tuned for, r = sum of weight times reward; None where unknown.
         guidance: the guidance scale at which it is that tilt; None where unknown.
+        scales: what each reward was divided by when it was tuned, one where the file does not say.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Member:
     kl_weight: float | None = None
     reward: Mapping[str, float] | None = None
     guidance: float | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
 
 
 class Members:
@@ -74,6 +76,10 @@ class Members:
         if name not in self._members:
             raise ValueError(f"a member must be one of {', '.join(self.names)}, got {name!r}; load it first")
         return self._members[name]
+
+    def chosen(self, names: Sequence[str]) -> Members:
+        """Return some of the members, in the order of ``names``; the others stay loaded and inactive."""
+        return Members(self.pipe, {name: self[name] for name in names})
 
     @property
     def text_members(self) -> tuple[Member, ...]:
@@ -180,13 +186,16 @@ def _known(name: str, file: LoraFile, identity: Callable[[], str]) -> dict[str, 
         )
     try:
         kl_weight, guidance = (float(file.about[k]) if k in file.about else None for k in ("kl_weight", "guidance"))
-        reward = json.loads(file.about["reward"]) if "reward" in file.about else None
+        reward, scales = (json.loads(file.about[k]) if k in file.about else None for k in ("reward", "scales"))
         if kl_weight is not None and not 0 < kl_weight < math.inf:
             raise ValueError(f"kl_weight is {kl_weight}")
         reward = None if reward is None else {str(key): float(weight) for key, weight in reward.items()}
+        scales = {} if scales is None else {str(key): float(value) for key, value in scales.items()}
+        if not all(0 < value < math.inf for value in scales.values()):
+            raise ValueError(f"scales are {scales}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"member {name!r} needs readable sdeblend.* metadata in {file.path}, got "
             f"{' '.join(str(error).split())}; tune it again, or remove these entries"
         ) from error
-    return {"kl_weight": kl_weight, "reward": reward, "guidance": guidance}
+    return {"kl_weight": kl_weight, "reward": reward, "guidance": guidance, "scales": scales}

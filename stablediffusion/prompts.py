@@ -92,6 +92,24 @@ def prompt_source(prompts: Sequence[str] | str | Path | Draw) -> Draw:
     """
     if callable(prompts):
         return prompts
+    chosen = prompt_lines(prompts)
+
+    def draw(count: int, generator: torch.Generator) -> list[str]:
+        if count > len(chosen):
+            index = torch.randint(len(chosen), (count,), generator=generator, device=generator.device)
+        else:
+            index = torch.randperm(len(chosen), generator=generator, device=generator.device)[:count]
+        return [chosen[i] for i in index.tolist()]
+
+    return draw
+
+
+def prompt_lines(prompts: Sequence[str] | str | Path) -> list[str]:
+    """Return the prompts of a list, or of a file with one a line.
+
+    Raises:
+        ValueError: for a file that cannot be read, or without a prompt.
+    """
     if isinstance(prompts, str | Path):
         path = Path(prompts)
         try:
@@ -104,13 +122,5 @@ def prompt_source(prompts: Sequence[str] | str | Path | Draw) -> Draw:
     else:
         chosen, where = list(prompts), "an empty list"
     if not chosen or not all(isinstance(prompt, str) for prompt in chosen):
-        raise ValueError(f"tuning needs at least one prompt as text, got none in {where}; give one a line")
-
-    def draw(count: int, generator: torch.Generator) -> list[str]:
-        if count > len(chosen):
-            index = torch.randint(len(chosen), (count,), generator=generator, device=generator.device)
-        else:
-            index = torch.randperm(len(chosen), generator=generator, device=generator.device)[:count]
-        return [chosen[i] for i in index.tolist()]
-
-    return draw
+        raise ValueError(f"there must be at least one prompt as text, got none in {where}; give one a line")
+    return chosen

@@ -135,7 +135,7 @@ class MixtureCase(Case):
     def stack(self, batch: int) -> MixtureStack:
         return self._stack
 
-    def rewards(self, samples: Tensor) -> dict[str, Tensor]:
+    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> dict[str, Tensor]:
         x = samples.double()
         return {name: reward(x) for name, reward in {**self.problem.rewards, **self.reported}.items()}
 

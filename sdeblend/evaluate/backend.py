@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdeblend.baselines.drawn import Drawn, Reward
 from sdeblend.blend import Preference
+from sdeblend.evaluate.draws import Draws
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, ScoreStack
 from sdeblend.steps import Step
@@ -90,6 +91,7 @@ class Case(ABC):
         schedule, grid, step: the sampler that all methods share.
         like: a tensor (*event) of the dtype and on the device of the state.
         kl_weight: alpha of the members, None if not known.
+        failures: sentences on samples that a reward failed on; the run takes them.
     """
 
     names: tuple[str, ...]
@@ -98,18 +100,29 @@ class Case(ABC):
     step: Step
     like: Tensor
     kl_weight: float | None = None
+    failures: Sequence[str] = ()
 
     @abstractmethod
     def stack(self, batch: int) -> ScoreStack:
         """Return base and members, for a batch of this many rows."""
 
     @abstractmethod
-    def rewards(self, samples: Tensor) -> Mapping[str, Tensor]:
-        """Return every reward that is reported, (B,) by name: the members' and others; NaN where it failed."""
+    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> Mapping[str, Tensor]:
+        """Return every reward that is reported, (B,) by name: the members' and others; NaN where it failed.
+
+        Args:
+            samples: (B, *event).
+            folder: the results folder, below which samples that a reward failed on are kept; None keeps none.
+            stem: of the cell, unique.
+        """
 
     @abstractmethod
     def reward(self, name: str) -> Reward:
-        """Return one member's reward as methods see it, clean states (B, *event) -> (B,), differentiable if it is."""
+        """Return one member's reward as methods see it, clean states (B, *event) -> (B,)."""
+
+    def differentiable(self, name: str) -> Reward | None:
+        """Return one member's reward, or what stands in for it, with a gradient; None if there is none."""
+        return self.reward(name)
 
     def weighted(self, wanted: Wanted) -> Reward:
         """Return strength times r(w) as methods see it."""
@@ -153,6 +166,15 @@ class Case(ABC):
             drawn: samples and weights.
             wanted: what was asked for.
             goal: "target" for p_base exp(lambda r(w) / alpha), "union" for the mixture of members.
+        """
+        return {}
+
+    def describe(self, drawn: Drawn, draws: Draws) -> Mapping[str, float]:
+        """Return further numbers on the samples of one cell, by name; means of them over cells are reported.
+
+        Args:
+            drawn: samples and weights.
+            draws: what they were drawn with.
         """
         return {}
 

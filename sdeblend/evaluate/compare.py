@@ -52,19 +52,22 @@ def write_report(folders: Sequence[Folder], out: Path) -> list[Path]:
         out: where to write.
     """
     from sdeblend.evaluate.plotting import figures
+    from sdeblend.evaluate.sheets import sheets
     from sdeblend.evaluate.summary import load, summarise
     from sdeblend.evaluate.tables import latex, markdown
 
-    summaries = [summarise(stored) for stored in load(folders)]
+    stores = load(folders)
+    summaries = [summarise(stored) for stored in stores]
     one = summaries[0] if len(summaries) == 1 else summaries
     files: dict[str, str | bytes] = {
         "tables.md": "\n".join(map(markdown, summaries)),
         "tables.tex": "\n".join(map(latex, summaries)),
         "summary.json": json.dumps(one, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    for place, summary in enumerate(summaries):
+    for place, (stored, summary) in enumerate(zip(stores, summaries, strict=True)):
         prefix = f"{place + 1}-" if len(summaries) > 1 else ""
-        files |= {f"figures/{prefix}{name}.png": content for name, content in figures(summary).items()}
+        drawn = figures(summary) | sheets(stored)
+        files |= {f"figures/{prefix}{name}.png": content for name, content in drawn.items()}
     for name, content in files.items():
         write_atomically(out / name, content)
     return [out / name for name in files]

@@ -204,7 +204,12 @@ def _guidance(*, normalised: bool) -> Sampler:
         used = {name: w for name, w in wanted.weights.items() if w}
         if not used:
             raise NotApplicable("it needs a reward with a weight other than 0")
-        rewards = {name: case.reward(name) for name in used}
+        rewards = {}
+        for name in used:
+            reward = case.differentiable(name)
+            if reward is None:
+                raise NotApplicable(f"it needs rewards with a gradient, which {name} has not")
+            rewards[name] = reward
         guided = RewardGuidance(
             base, case.schedule, rewards, used, wanted.strength * scale, normalised=normalised
         )

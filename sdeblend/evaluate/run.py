@@ -120,6 +120,8 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
         head, rows = compute(plan, cell, held[1], draws, folder, key)
         if head.get("failed"):
             notes.append(f"{cell.method} on {cell.variant}: {head['failed']}")
+        notes += held[1].failures
+        held[1].failures = []
         folder.write(key, {"index": index, **head}, rows)
     processes.wait()
     return notes
@@ -146,7 +148,7 @@ def compute(
     if not bool(drawn.samples.isfinite().all()):
         bad = int((~drawn.samples.isfinite()).flatten(1).any(1).nonzero()[0])
         return {**cell.spec(), "failed": f"sample {bad} is not finite"}, []
-    distances = case.measure(drawn, wanted, method.goal)
+    distances, measures = case.measure(drawn, wanted, method.goal), case.describe(drawn, draws)
     head = {
         **cell.spec(),
         "model_calls": drawn.model_calls,
@@ -154,6 +156,7 @@ def compute(
         "reward_calls": drawn.reward_calls,
         "seconds": seconds,
         "facts": {name: number(value) for name, value in drawn.facts.items()},
+        "measures": {name: number(value) for name, value in measures.items()},
         "distances": {
             name: [None if v is None else number(v) for v in (d.value, d.floor, d.floor_sd)]
             for name, d in distances.items()
@@ -163,7 +166,8 @@ def compute(
 
 
 def _rows(cell: Cell, case: Case, drawn: Drawn, folder: Folder, key: str) -> list[Row]:
-    rewards = {name: value.detach().double().cpu().tolist() for name, value in case.rewards(drawn.samples).items()}
+    found = case.rewards(drawn.samples, folder.path, key)
+    rewards = {name: value.detach().double().cpu().tolist() for name, value in found.items()}
     log_weights = [0.0] * cell.count
     if drawn.log_weights is not None:
         # Of mean one, so that blocks count alike.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ class Stored:
     Attributes:
         manifest: of the first folder.
         cells: each once.
+        folders: where each cell lies.
     """
 
     manifest: Mapping[str, Any]
     cells: Cells
+    folders: Sequence[Path] = ()
 
 
 def load(folders: Sequence[Folder]) -> list[Stored]:
@@ -53,7 +56,7 @@ def load(folders: Sequence[Folder]) -> list[Stored]:
     Raises:
         ValueError: for a folder without results, or with a damaged cell.
     """
-    found: dict[str, tuple[Mapping[str, Any], dict[str, Any]]] = {}
+    found: dict[str, tuple[Mapping[str, Any], dict[str, tuple[dict[str, Any], list[Row], Path]]]] = {}
     for folder in folders:
         manifest = folder.manifest()
         keys = folder.stored()
@@ -64,11 +67,12 @@ def load(folders: Sequence[Folder]) -> list[Stored]:
         _, cells = found.setdefault(repr(sorted(same.items())), (manifest, {}))
         for key in keys:
             if key not in cells:
-                cells[key] = folder.read(key)
-    return [
-        Stored(manifest, sorted(cells.values(), key=lambda pair: pair[0]["index"]))
-        for manifest, cells in found.values()
-    ]
+                cells[key] = (*folder.read(key), folder.path)
+    out = []
+    for pinned, own in found.values():
+        ordered = sorted(own.values(), key=lambda cell: cell[0]["index"])
+        out.append(Stored(pinned, [cell[:2] for cell in ordered], [cell[2] for cell in ordered]))
+    return out
 
 
 def summarise(stored: Stored) -> dict[str, Any]:
@@ -183,6 +187,9 @@ class _Group:
             },
             "weighted": _listed(self.resampled.interval(mean, drawn)),
             "distances": self._distances(heads),
+            "measures": {
+                name: _average([head["measures"].get(name) for head in heads]) for name in heads[0].get("measures", {})
+            },
             **{fact: _average([head["facts"].get(fact) for head in heads]) for fact in _FACTS},
             **{cost: _average([head[cost] for head in heads]) for cost in _COSTS},
         }

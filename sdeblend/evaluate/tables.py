@@ -163,8 +163,9 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     # Ten columns of rewards hide the rest; the sum is there anyway.
     rewards = rewards if len(rewards) <= 4 else []
     distances = list(dict.fromkeys(name for m in methods.values() for name in m["distances"]))
-    header = ("method", *rewards, "r(w)", "difference", "win rate", *distances, "certificate, nats", "ESS", "n eff.",
-              "model calls", "gradients", "reward calls", "seconds")  # fmt: skip
+    measures = list(dict.fromkeys(name for m in methods.values() for name in m["measures"]))
+    header = ("method", *rewards, "r(w)", "difference", "win rate", *distances, *measures, "certificate, nats", "ESS",
+              "n eff.", "model calls", "gradients", "reward calls", "seconds")  # fmt: skip
     rows = []
     for name, m in methods.items():
         rate, facts = m.get("win_rate"), (m["certificate"], m["ess"])
@@ -176,6 +177,7 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
                 _gain(m),
                 _ABSENT if rate is None else _plus_minus(rate) + ("" if rate["significant"] else "~"),
                 *(_with_floor(m["distances"].get(distance), m) for distance in distances),
+                *(_short(m["measures"].get(measure)) for measure in measures),
                 _short(facts[0]),
                 _ABSENT if facts[1] is None else f"{facts[1]:.0%}",
                 f"{m['effective']:.0f}",

@@ -1,0 +1,235 @@
+"""One set of members, guidance and prompt of a pipeline, ready for the methods of ``sdeblend evaluate``.
+
+The state is the latents; scores come from ``PipelineScore`` on the pipeline's own grid, whose last step goes to t = 0.
+Rewards look at decoded images, in units of their scale. Networks get at most ``batch`` rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sdeblend.baselines.drawn import Drawn, Reward
+from sdeblend.baselines.interpolation import PAIR
+from sdeblend.blend import Blend
+from sdeblend.evaluate.backend import Case, Wanted
+from sdeblend.evaluate.draws import Draws
+from sdeblend.score import ScoreFunction, ScoreStack, restrict_rows
+from sdeblend.sde import BackwardSDE
+from sdeblend.solve import trajectory
+from sdeblend.steps import Ancestral
+from stablediffusion.inputs import decode_latents
+from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
+from stablediffusion.members import Members
+from stablediffusion.plotting_sheets import montage_png
+from stablediffusion.rewards import ImageReward
+from stablediffusion.schedulers import scheduler_grid
+from stablediffusion.scoring import Prompts, score_each
+
+if TYPE_CHECKING:
+    from stablediffusion.evaluate import PipelineBackend
+
+_SOUPS = {"soup-deltas": "soup", "soup-factors": "soup-factors"}
+
+
+class PipelineCase(Case):
+    """One set of members, guidance and prompt.
+
+    Args:
+        backend: pipeline, rewards and settings.
+        members: all that are loaded.
+        roles: "member:name", "tuned:place", "pair:a+b", "half:name" -> name among the members.
+        chosen: the set's table.
+        prompt: what is drawn.
+        guidance: g.
+    """
+
+    def __init__(
+        self,
+        backend: PipelineBackend,
+        members: Members,
+        roles: Mapping[str, str],
+        chosen: Mapping[str, Any],
+        prompt: str,
+        guidance: float,
+    ) -> None:
+        self.backend, self.members, self.roles, self.chosen = backend, members, roles, chosen
+        self.prompt, self.guidance = prompt, guidance
+        settings = backend.settings
+        self.names = tuple(chosen["members"])
+        weights = {members[roles[f"member:{name}"]].kl_weight for name in self.names}
+        self.kl_weight = weights.pop() if len(weights) == 1 else None
+        base = self._stack(1, [])
+        self.schedule, self.step = base.schedule, Ancestral(settings["eta"])
+        self.grid = scheduler_grid(backend.pipe, settings["steps"])
+        # DDIM leaves the noise of its first trained time in the sample; rewards and potentials are of clean ones.
+        self.grid[-1] = 0.0
+        self.like = torch.zeros(base.shape[1:], device=backend.device)
+        self.size = base.size
+
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._bases: dict[tuple[int, ...], Tensor] = {}
+
+    def stack(self, batch: int) -> ScoreStack:
+        return self._cut(self._stack(batch, [f"member:{name}" for name in self.names]))
+
+    def differentiable_base(self, batch: int) -> ScoreFunction:
+        return Blend(self._cut(self._stack(batch, [])), [1.0])
+
+    def score(self, role: str, wanted: Wanted, batch: int) -> ScoreFunction | None:
+        if role in _SOUPS:
+            shares = [wanted.strength * w for w in wanted.weights.values()]
+            adapters = [self.roles[f"member:{name}"] for name in wanted.weights]
+            named = dict(zip(adapters, shares, strict=True))
+            soup = SoupScore(self._stack(batch, []), self.members.chosen(adapters), named, _SOUPS[role])
+            return _Cut(soup, self.backend.settings["batch"] // self._branches, batch)
+        tuned = self._tuned(wanted)
+        return None if tuned is None else Blend(self._cut(self._stack(batch, [tuned])), [0.0, 1.0])
+
+    def higher_order(self, role: str, wanted: Wanted, batch: int) -> tuple[ScoreStack, tuple[str, ...]] | None:
+        used = [name for name, weight in wanted.weights.items() if weight]
+        if role == "half":
+            own = {f"{kind}:{name}": f"{where}:{name}" for name in used
+                   for kind, where in (("half", "half"), ("full", "member"))}  # fmt: skip
+        else:
+            pairs = [a + PAIR + b for i, a in enumerate(self.names) for b in self.names[i + 1 :]]
+            own = {name: f"member:{name}" for name in self.names} | {pair: f"pair:{pair}" for pair in pairs}
+        if not set(own.values()) <= set(self.roles):
+            return None
+        return self._cut(self._stack(batch, list(own.values()))), ("base", *own)
+
+    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> dict[str, Tensor]:
+        names = (*self.names, *self.backend.settings["report"])
+        images = self._images(samples)
+        chosen = {name: self.backend.rewards[name] for name in names}
+        keep = None if folder is None else folder / "failed"
+        values, failures = score_each(chosen, images, Prompts((self.prompt,) * len(images)), keep=keep, stem=stem)
+        self.failures = [*self.failures, *failures]
+        return {name: value / self._scale(name) for name, value in values.items()}
+
+    def reward(self, name: str) -> Reward:
+        return _ImageScore(self, self.backend.rewards[name], self._scale(name))
+
+    def differentiable(self, name: str) -> Reward | None:
+        stand_in = self.backend.settings["gradients"].get(name, name)
+        reward = self.backend.rewards[stand_in]
+        return _ImageScore(self, reward, self._scale(name)) if reward.differentiable else None
+
+    def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
+        images, base = self._images(drawn.samples), self._base(draws)
+        flat = images.flatten(1)
+        facts = {"moved": float((images - base).square().flatten(1).mean(1).sqrt().mean())}
+        if len(flat) > 1:
+            facts["diversity"] = float(torch.pdist(flat).mean()) / flat.shape[1] ** 0.5
+        return facts
+
+    def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[Any]]:
+        return {"image": montage_png(self._images(samples), folder, f"images/{stem}.png")}
+
+    @property
+    def _branches(self) -> int:
+        return 1 if self.guidance == 1 else 2
+
+    def _stack(self, batch: int, roles: Sequence[str]) -> PipelineScore:
+        settings = self.backend.settings
+        return pipeline_score(
+            self.backend.pipe,
+            self.prompt,
+            members=self.members.chosen([self.roles[role] for role in roles]),
+            guidance_scale=self.guidance,
+            negative_prompt=settings["negative"],
+            images=batch,
+            height=settings["height"],
+            width=settings["width"],
+        )
+
+    def _cut(self, stack: PipelineScore) -> ScoreStack:
+        return _CutStack(stack, self.backend.settings["batch"] // self._branches, stack.shape[0])
+
+    def _tuned(self, wanted: Wanted) -> str | None:
+        """Return the role of the member that was tuned for these weights at this strength."""
+        weights = torch.tensor(list(wanted.weights.values())) * wanted.strength
+        for place, entry in enumerate(self.chosen["tuned"]):
+            if bool((weights - torch.tensor(entry["weights"])).abs().max() < 1e-6):
+                return f"tuned:{place}"
+        alone = [name for name, w in zip(self.names, weights.tolist(), strict=True) if abs(w - 1) < 1e-6]
+        return f"member:{alone[0]}" if len(alone) == 1 and abs(float(weights.abs().sum()) - 1) < 1e-6 else None
+
+    def _scale(self, name: str) -> float:
+        given = self.backend.settings["scales"].get(name)
+        if given is not None:
+            return float(given)
+        role = f"member:{name}"
+        return float(self.members[self.roles[role]].scales.get(name, 1.0)) if role in self.roles else 1.0
+
+    def _images(self, samples: Tensor) -> Tensor:
+        """Return the images of samples, (B, 3, H, W) in [0, 1]; the last ones are remembered."""
+        if self._seen is None or self._seen[0] is not samples:
+            with torch.no_grad():
+                self._seen = samples, self.decode(samples)
+        return self._seen[1]
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images of clean latents (B, *event), (B, 3, H, W) in [0, 1], differentiable."""
+        parts = [decode_latents(self.backend.pipe, part, self.size) for part in x.split(self.backend.settings["batch"])]
+        return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def _base(self, draws: Draws) -> Tensor:
+        """Return the base's images on the same noise."""
+        if draws.seeds not in self._bases:
+            sde = BackwardSDE(self.schedule, self.differentiable_base(len(draws)))
+            x = draws.start(self.like, self.schedule.prior_std())
+            for state in trajectory(sde, x, self.grid, step=self.step, noise=draws.noise()):
+                x = state.x
+            with torch.no_grad():
+                self._bases = {draws.seeds: self.decode(x)}
+        return self._bases[draws.seeds]
+
+
+class _CutStack:
+    """A stack that is given at most ``most`` rows at once."""
+
+    def __init__(self, stack: Any, most: int, rows: int) -> None:
+        self.stack, self.parts = stack, torch.arange(rows).split(max(1, most))
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
+        if len(self.parts) == 1:
+            return self.stack(x, t, active)
+        return torch.cat([self.stack.rows(part)(x[part], t, active) for part in self.parts], 1)
+
+    def rows(self, index: Tensor) -> _CutStack:
+        return _CutStack(self.stack.rows(index), len(self.parts[0]), len(index))
+
+
+class _Cut:
+    """A score that is given at most ``most`` rows at once."""
+
+    def __init__(self, score: Any, most: int, rows: int) -> None:
+        self.score, self.parts = score, torch.arange(rows).split(max(1, most))
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([restrict_rows(self.score, part)(x[part], t) for part in self.parts])
+
+    def rows(self, index: Tensor) -> _Cut:
+        return _Cut(restrict_rows(self.score, index), len(self.parts[0]), len(index))
+
+
+class _ImageScore:
+    """A reward of latents: decoded, scored, in units of its scale."""
+
+    def __init__(self, case: PipelineCase, reward: ImageReward, scale: float) -> None:
+        self.case, self.function, self.scale = case, reward, scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        images = self.case.decode(x)
+        return self.function(images, Prompts((self.case.prompt,) * len(x))).to(x) / self.scale
+
+    def rows(self, index: Tensor) -> _ImageScore:
+        return self
