@@ -152,6 +152,18 @@ def _alignment(images: Tensor, condition: Any) -> Tensor:
     return values
 
 
+def _correctness(images: Tensor, condition: Any) -> Tensor:
+    from stablediffusion.small.evaluate import all_right
+    from stablediffusion.small.scenes import parse
+
+    asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
+    values = images.new_ones(len(images))
+    if asked:
+        right = all_right(2 * images[asked].detach() - 1, [parse(condition.prompts[i]) for i in asked])
+        values[asked] = right.to(images)
+    return values
+
+
 REWARDS: Mapping[str, ImageReward] = {
     "compress": ImageReward("compress", lambda images, _: -jpeg_size(images), False, "kB of JPEG saved"),
     "compress-smooth": ImageReward(
@@ -160,6 +172,7 @@ REWARDS: Mapping[str, ImageReward] = {
     "incompress": ImageReward("incompress", lambda images, _: jpeg_size(images), False, "kB of JPEG"),
     "vivid": ImageReward("vivid", lambda images, _: colourfulness(images), True, "colourfulness, pixels in [0, 1]"),
     "align": ImageReward("align", _alignment, True, "nats, of the bundled model's captions"),
+    "correct": ImageReward("correct", _correctness, False, "1 if all a caption of the bundled model says is seen"),
 }
 
 

@@ -60,13 +60,23 @@ def accuracies(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = N
     Returns:
         by factor and for "all": "accuracy", "error" (standard error), "n".
     """
-    with torch.no_grad():
-        logs = (scorer or load_scorer())(images)
-    classes = indices(mentioned)
-    right = torch.stack([log.argmax(1) for log in logs], 1) == classes
-    said = classes != ABSENT
+    right, said = _read(images, mentioned, scorer)
     out = {name: _share(right[said[:, i], i]) for i, name in enumerate(FACTORS)}
     return out | {"all": _share((right | ~said).all(1))}
+
+
+def all_right(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Tensor:
+    """Return whether each image in -1..1, [n, 3, 32, 32], shows all that was mentioned, bool [n]."""
+    right, said = _read(images, mentioned, scorer)
+    return (right | ~said).all(1)
+
+
+@torch.no_grad()
+def _read(images: Tensor, mentioned: list[Scene], scorer: Scorer | None) -> tuple[Tensor, Tensor]:
+    """Return whether each factor was read as mentioned, and whether it was mentioned, [n, factors]."""
+    logs = (scorer or load_scorer()).to(images.device)(images.float())
+    classes = indices(mentioned).to(images.device)
+    return torch.stack([log.argmax(1) for log in logs], 1) == classes, classes != ABSENT
 
 
 def _share(right: Tensor) -> dict[str, float]:
