@@ -241,3 +241,24 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_pairs(tmp_path):
     summary, tables = told(tmp_path / "out")
     assert [(g["n"], g["incomplete"]) for g in summary["groups"]] == [(60, False)] * 3 + [(30, True)]
     assert "not finished" in tables
+
+
+def test_a_claimed_order_is_checked_pair_by_pair(whole, tmp_path):
+    file, out = whole
+    claim = config(tmp_path, **{'reference = "mpa"': 'reference = "mpa"\norder = ["mpa-corrected", "mpa", "code"]'})
+    assert run(claim, out, resume=True) == []
+    summary, tables = told(out)
+    for group in summary["groups"]:
+        first, second = group["order"]
+        assert (first["low"], first["high"]) == ("mpa-corrected", "mpa")
+        # The pair with the reference says the same as the table of differences, the other way round.
+        assert first["difference"]["value"] == pytest.approx(-group["methods"]["mpa-corrected"]["difference"]["value"])
+        assert second["difference"]["value"] == pytest.approx(group["methods"]["code"]["difference"]["value"])
+    told_pairs = [line for line in tables.splitlines() if line.startswith("| DB-MPA < CoDe")]
+    assert len(told_pairs) == 1 and told_pairs[0].count("|") == 2 + len(summary["groups"])
+    verdicts = {True: "holds", False: "contradicted"}
+    for pair in (p for g in summary["groups"] for p in g["order"]):
+        found = pair["difference"]
+        shown = verdicts[found["value"] > 0] if found["significant"] else "open"
+        assert shown in tables
+    assert run(file, out, resume=True) == []

@@ -15,6 +15,7 @@
     candidates = 20
     [report]
     reference = "mpa"           # what the others are compared with
+    order = ["base", "soup", "mpa"]         # a claim, from the lowest r(w) to the highest: checked pair by pair
     [[published]]               # printed numbers to stand beside: label, group, reward, value, source
 
 A cell is one method, variant, preference, strength, prompt and block of seeds; it is the unit of work and of storage.
@@ -64,6 +65,7 @@ _REPORT: Spec = {
     "resamples": (int, 1000),
     "confidence": (float, 0.95),
     "hypervolume_reference": (list[float], []),
+    "order": (list[str], []),
 }
 _PUBLISHED: Spec = {
     "label": (str, REQUIRED),
@@ -244,6 +246,11 @@ def load_plan(path: Path) -> Plan:
     if report["reference"] not in methods:
         raise ValueError(
             f"{path}: [report] reference must be one of {', '.join(methods)}, got {report['reference']!r}"
+        )
+    strange = [name for name in report["order"] if name not in methods]
+    if strange or len(set(report["order"])) < len(report["order"]) or len(report["order"]) == 1:
+        raise ValueError(
+            f"{path}: [report] order must name two or more of {', '.join(methods)}, each once, got {report['order']}"
         )
     if not 0.5 <= report["confidence"] < 1 or report["resamples"] < 100:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class _Group:
         self, cells: Cells, report: Mapping[str, Any], counts: dict[tuple[int, int, int], Resampled]
     ) -> None:
         self.reference, self.confidence = report["reference"], report["confidence"]
+        self.order: Sequence[str] = report.get("order", ())
         self.weights: dict[str, float] = cells[0][0]["weights"]
         self.absent: dict[str, str] = {}
         by_method: dict[str, Cells] = {}
@@ -165,10 +167,21 @@ class _Group:
     def numbers(self) -> dict[str, Any]:
         """Return what is told of each method."""
         methods = {name: self._method(name) for name in self.cells}
+        claimed = [name for name in self.order if name in self.cells]
         return {
             "n": self.count, "blocks": self.blocks, "incomplete": self.incomplete, "methods": methods,
             "absent": self.absent,
+            "order": [{"low": a, "high": b, "difference": self.difference(b, a)} for a, b in pairwise(claimed)],
         }  # fmt: skip
+
+    def difference(self, name: str, other: str) -> dict[str, Any]:
+        """Return by how much a method's mean r(w) exceeds another's, paired."""
+        (mean, drawn), (base, base_drawn) = (
+            self.resampled.mean(self.samples[m], each_row(self.rows[m], lambda row: row["weighted"]))
+            for m in (name, other)
+        )
+        interval = self.resampled.interval(mean - base, drawn - base_drawn)
+        return {**_listed(interval), "significant": interval.excludes(0)}
 
     def mean(self, name: str, reward: str) -> tuple[float, Array]:
         """Return a method's mean of one reward, and that of each resample."""
@@ -196,9 +209,7 @@ class _Group:
         if self.reference in self.cells and name != self.reference:
             other = self.samples[self.reference]
             others = each_row(self.rows[self.reference], lambda row: row["weighted"])
-            base, base_drawn = self.resampled.mean(other, others)
-            difference = self.resampled.interval(mean - base, drawn - base_drawn)
-            out["difference"] = {**_listed(difference), "significant": difference.excludes(0)}
+            out["difference"] = self.difference(name, self.reference)
             rate = self.resampled.win_rate(sample, weighted, other, others)
             out["win_rate"] = {**_listed(rate), "significant": rate.excludes(0.5)}
         return out

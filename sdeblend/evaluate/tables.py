@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from sdeblend.evaluate.methods import METHODS
@@ -56,6 +57,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
             out += _overviews(groups, preferences, f"{name} to the exact target", _distance(name), name)
         out += _overviews(groups, preferences, f"difference of r(w) from {label(summary['reference'])}", _gain)
     out += [_front(front, summary) for front in summary["fronts"]]
+    out += _claimed(groups)
     out += [_group(group, summary) for group in groups]
     out.append(_methods(groups))
     return out
@@ -217,11 +219,41 @@ def _front(front: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     return Table(caption, ("method", "hypervolume", "ratio", *points), tuple(rows))
 
 
+def _claimed(groups: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Return a table of the claimed order, pair by pair, if one was claimed."""
+    pairs = list(dict.fromkeys((p["low"], p["high"]) for g in groups for p in g.get("order", ())))
+    if not pairs:
+        return []
+    rows = []
+    for low, high in pairs:
+        found = [[p["difference"] for p in g["order"] if (p["low"], p["high"]) == (low, high)] for g in groups]
+        told = [_plus_minus(f[0], sign=True) + " " + _verdict(f[0]) if f else _ABSENT for f in found]
+        rows.append((f"{label(low)} < {label(high)}", *told))
+    caption = "the claimed order of mean r(w), each pair by its paired difference"
+    return [Table(caption, ("claim", *_columns(groups)), tuple(rows))]
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    if not found["significant"]:
+        return "open"
+    return "holds" if found["value"] > 0 else "contradicted"
+
+
 def _methods(groups: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for g in groups for name in (*g["methods"], *g["absent"])))
-    rows = [(_name(n), n, METHODS[n].cost, METHODS[n].source) for n in names if n in METHODS]
-    return Table("methods: cost (K members with a coefficient) and source", ("method", "name", "cost", "source"),
-                 tuple(rows))
+    rows = [(_name(n), n, METHODS[n].cost, _time(n, groups), METHODS[n].source) for n in names if n in METHODS]
+    return Table("methods: cost (K members with a coefficient), seconds over the base's (median) and source",
+                 ("method", "name", "cost", "time", "source"), tuple(rows))
+
+
+def _time(method: str, groups: Sequence[Mapping[str, Any]]) -> str:
+    """Return the seconds of a method over those of the base, the median over the groups that have both."""
+    ratios = [
+        g["methods"][method]["seconds"] / g["methods"]["base"]["seconds"]
+        for g in groups
+        if {method, "base"} <= set(g["methods"]) and g["methods"]["base"]["seconds"]
+    ]
+    return _short(median(ratios)) if ratios else _ABSENT
 
 
 def _name(method: str) -> str:

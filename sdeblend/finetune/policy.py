@@ -23,7 +23,9 @@ variance 1 and 12 times for .02. So by default, "process": the KL of the two con
     1/2 int |eps - eps_base|^2 dl,      l the log signal-to-noise ratio,
 
 by the trapezoidal rule on the chain's own grid, within a per cent where the grid is even in l; w_j is its share of
-the step's. Then kl_weight is the theory's alpha, and not that of a coarse chain.
+the step's. Then kl_weight is the theory's alpha, and not that of a coarse chain. What stays is the chain's law, right
+to first order: with 50 steps even in l the best control is a fifth too strong far from the data and a sixth too weak
+near it; over all levels up to 7 % are lost on modes apart, and half of that with 100 steps.
 
 Source: Black et al. 2305.13301; Fan et al. 2305.16381; Richter et al. 2010.10436 (log-ratios as control variates);
 Kingma et al. 2107.00630 (KL in log-SNR).
@@ -40,6 +42,7 @@ from torch import Tensor
 
 from sdeblend.finetune.chain import Chain
 from sdeblend.finetune.model import Condition, Tunable, per_row, take
+from sdeblend.finetune.process import log_snr_weights
 from sdeblend.finetune.trainer import Trainer
 from sdeblend.score import conversion
 
@@ -68,8 +71,7 @@ class StepWeights:
         if kl == "chain":
             return cls(ratio, ratio.square() / 2, torch.ones_like(ratio))
         times = chain.grid[:-1]
-        gap = model.schedule.log_snr(times).diff() / 4
-        weight = torch.nn.functional.pad(gap, (0, 1)) + torch.nn.functional.pad(gap, (1, 0))
+        weight = log_snr_weights(model.schedule, times) / 2
         cost = weight * conversion(model.schedule, times, model.prediction, "eps")[1].square()
         share = torch.nn.functional.pad(2 * cost[:-1] / ratio.square(), (0, 1))
         return cls(torch.nn.functional.pad(ratio, (0, 1)), cost, share)

@@ -99,7 +99,7 @@ class RewardRegression(Trainer):
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()
         with torch.no_grad(), self.workers.autocast():
-            samples, log_ratio, _ = follow(self.model, self.moves, batch.noise, batch.condition)
+            samples, log_ratio, kl = follow(self.model, self.moves, batch.noise, batch.condition)
             rewards = self.score(samples, batch.condition)
         tilt = rewards / settings.kl_weight - log_ratio
         everyone = self.workers.gather(tilt).double().reshape(settings.groups, settings.group_size)
@@ -110,7 +110,7 @@ class RewardRegression(Trainer):
         gap = everyone.logsumexp(1) - math.log(settings.group_size) - everyone.mean(1)
         return {
             "reward": self.mean(rewards),
-            "kl": self.mean(log_ratio),
+            "kl": self.mean(kl),
             "loss": sum(losses) / len(losses),
             "gap": float(gap.mean()),
             "step": eta,

@@ -47,7 +47,8 @@ class Settings:
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         clip_norm: largest norm of a gradient; infinity for none.
-        ema_decay: of the averaged parameters that are saved; 0 saves the last ones.
+        ema_decay: of the averaged parameters that are saved, at most (n + 1) / (n + 10) after n steps of the optimiser,
+            so that a short run does not save the base it started from; 0 saves the last ones.
         micro_batch: rows evaluated at once; gradients are accumulated over the batch.
         seed: of every random number of the run.
 
@@ -299,8 +300,11 @@ class Trainer(ABC):
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self.optimizer.step()
         if self.average is not None:
+            # AdamW counts the steps, and is saved with a checkpoint.
+            count = int(self.optimizer.state[self.parameters[0]]["step"])
+            decay = min(self.settings.ema_decay, (1 + count) / (10 + count))
             for mean, parameter in zip(self.average, self.parameters, strict=True):
-                mean.lerp_(parameter.detach(), 1 - self.settings.ema_decay)
+                mean.lerp_(parameter.detach(), 1 - decay)
         return float(summed)
 
     def mean(self, values: Tensor) -> float:
