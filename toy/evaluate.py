@@ -9,6 +9,7 @@
     dim = 2                         # "random" and "high_dimension"
     solver = "dpm-2m-sde"           # a name of sdeblend.STEPS, with spacing and steps
     scores = "exact"                # or "learned": networks with low-rank members (toy.learned), with rank, train_steps
+    trainings = [0, 1, 2]           # "learned" only: seeds of the networks, which are replicates of each other
 
 Distances to the exact target: total variation of the mode weights, sliced W2 to a large exact sample, and on a line
 KL(samples || target) over 40 bins of equal probability under the target; each with what exact samples give.
@@ -24,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final, Literal
@@ -66,6 +68,7 @@ _TABLE: Spec = {
     "scores": (Literal["exact", "learned"], "exact"),
     "rank": (int, 8),
     "train_steps": (int, 2000),
+    "trainings": (list[int], [0]),
 }
 
 
@@ -76,10 +79,12 @@ class Posed:
     Attributes:
         problem: base, rewards of the members, KL weight.
         reported: further rewards, by name.
+        training: seed of networks, if scores are learned.
     """
 
     problem: Problem
     reported: Mapping[str, QuadraticReward]
+    training: int = 0
 
 
 class MixtureBackend:
@@ -106,7 +111,8 @@ class MixtureBackend:
         if self.settings["scores"] == "learned":
             from toy.learned import LearnedCase  # which builds on this module
 
-            return LearnedCase(self.posed[variant], variant, self.settings, self.seed, self._bases)
+            posed = self.posed[variant]
+            return LearnedCase(posed, variant, self.settings, self.seed + posed.training, self._bases)
         return MixtureCase(self.posed[variant], variant, self.settings)
 
 
@@ -317,23 +323,28 @@ def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.de
         raise ValueError(f"{file}: [backend] needs at least one problem, one draw and one reward; name some")
     posed: dict[str, Posed] = {}
     variants = []
+    learned = settings["scores"] == "learned"
     for name in settings["problems"]:
         random = name == _RANDOM
-        for count in settings["rewards"] if random else [0]:
-            for kl_weight in settings["kl_weights"] or [None]:
-                for draw in settings["draws"] if random else [0]:
-                    one = _pose(name, settings, count, draw)
-                    if kl_weight is not None:
-                        one = replace(one, problem=_at(one.problem, kl_weight, file))
-                    together = f"random, {count} rewards" if random else name
-                    values = {"kl_weight": one.problem.kl_weight, **({"rewards": float(count)} if random else {})}
-                    if kl_weight is not None:
-                        together += f", kl_weight {kl_weight:g}"
-                    variant = f"{together}, draw {draw}" if random else together
-                    posed[variant] = one
-                    variants.append(Variant(variant, one.problem.names, values, together))
+        for count, kl_weight, draw, training in product(
+            settings["rewards"] if random else [0],
+            settings["kl_weights"] or [None],
+            settings["draws"] if random else [0],
+            settings["trainings"] if learned else [0],
+        ):
+            one = replace(_pose(name, settings, count, draw), training=training)
+            if kl_weight is not None:
+                one = replace(one, problem=_at(one.problem, kl_weight, file))
+            together = f"random, {count} rewards" if random else name
+            values = {"kl_weight": one.problem.kl_weight, **({"rewards": float(count)} if random else {})}
+            if kl_weight is not None:
+                together += f", kl_weight {kl_weight:g}"
+            variant = together + (f", draw {draw}" if random else "")
+            variant += f", training {training}" if learned and len(settings["trainings"]) > 1 else ""
+            posed[variant] = one
+            variants.append(Variant(variant, one.problem.names, values, together))
     if len(posed) != len(variants):
-        raise ValueError(f"{file}: [backend] must name no problem, KL weight, number of rewards or draw twice")
+        raise ValueError(f"{file}: [backend] must name no problem, KL weight, number of rewards, draw or training twice")
     return MixtureBackend(posed, variants, settings, seed)
 
 

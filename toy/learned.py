@@ -63,7 +63,8 @@ class LearnedCase(MixtureCase):
         super().__init__(posed, variant, settings)
         self.rank, self.steps, self.seed = settings["rank"], settings["train_steps"], seed
         base = self.problem.base
-        known = b"".join(value.numpy().tobytes() for value in (base.log_weights, base.means, base.covariances))
+        parts = (base.log_weights, base.means, base.covariances, torch.tensor(seed))
+        known = b"".join(value.numpy().tobytes() for value in parts)
         if known not in bases:
             bases[known] = for_mixture(base, self.schedule, seed=seed)
             pretrain(bases[known], base, steps=self.steps, batch=BATCH, seed=seed)
