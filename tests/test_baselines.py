@@ -8,7 +8,7 @@ from scipy import integrate, stats
 
 from sdeblend import BackwardSDE, VPLinear, time_grid
 from sdeblend.baselines.drawn import evaluations
-from sdeblend.baselines.guidance import RewardGuidance
+from sdeblend.baselines.guidance import RewardGuidance, tempered
 from sdeblend.baselines.interpolation import pairwise, quadratic_strength
 from sdeblend.baselines.search import best_of_n, code
 from sdeblend.baselines.steering import steer
@@ -117,6 +117,25 @@ def test_guidance_is_the_gradient_of_the_predicted_reward():
     unit = RewardGuidance(differentiable, SCHEDULE, {"r": reward}, {"r": 2.0}, scale=0.5, normalised=True)
     torch.testing.assert_close((unit(x, t) - plain(x, t)).abs(), torch.ones_like(x))
     refuses(lambda: RewardGuidance(differentiable, SCHEDULE, {"r": reward}, {"q": 1.0}, 0.5), "each reward needs one")
+
+
+def test_tempered_guidance_grows_with_the_step():
+    times = [float(t) for t in GRID[:-1]]
+    at = tempered(10.0, 0.05, GRID)
+    for step, t in enumerate(times):
+        expected = 10.0 * min(1.05**step - 1, 1.0)
+        assert at(torch.tensor(t, dtype=torch.float64)) == pytest.approx(expected)
+        # a solver that looks inside a step is guided as at its start
+        assert at(torch.tensor((t + float(GRID[step + 1])) / 2, dtype=torch.float64)) == pytest.approx(expected)
+    assert at(GRID[0]) == 0.0 and at(GRID[-2]) == 10.0
+
+    def base(x, t):
+        return PROBLEM.base.noised(SCHEDULE, t).score(x)
+
+    plain, guided = (RewardGuidance(base, SCHEDULE, {"r": RIGHT}, {"r": 1.0}, scale) for scale in (10.0, at))
+    x = starts(5)
+    assert torch.equal(guided(x, GRID[0]), base(x, GRID[0])) and torch.equal(guided(x, GRID[-2]), plain(x, GRID[-2]))
+    refuses(lambda: tempered(1.0, 0.0, GRID), "gamma above 0")
 
 
 def test_a_union_is_the_mixture_of_its_members():

@@ -344,7 +344,7 @@ def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.de
             posed[variant] = one
             variants.append(Variant(variant, one.problem.names, values, together))
     if len(posed) != len(variants):
-        raise ValueError(f"{file}: [backend] must name no problem, KL weight, number of rewards, draw or training twice")
+        raise ValueError(f"{file}: [backend] must name no problem, KL weight, reward count, draw or training twice")
     return MixtureBackend(posed, variants, settings, seed)
 
 

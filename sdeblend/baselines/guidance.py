@@ -6,12 +6,16 @@ With scale 1/alpha and n_i = 1 it replaces E[exp(r/alpha) | x_t] by exp(r(E[x_0 
 Jensen's inequality twice, so it has no target. Normalised, each reward pulls with the same force whatever its
 units, and the force no longer vanishes where the reward is flat.
 
-Source: Chung et al. 2209.14687 (DPS); Bansal et al. 2302.07121 (universal guidance).
+Predictions in noise say little of the reward, and guidance may be tempered: step n of a run, counted from 0, is guided
+by min((1 + gamma)^n - 1, 1) times the scale. The published baseline of Diffusion Blend is normalised, at scale 10 with
+gamma 0.024 over 50 steps.
+
+Source: Chung et al. 2209.14687 (DPS); Bansal et al. 2302.07121 (universal guidance); Kim et al. 2501.05803 (tempering).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ class RewardGuidance:
         schedule: its forward process.
         rewards: name -> differentiable reward of clean samples.
         weights: name -> w_i.
-        scale: 1/alpha for the method's own reading of a KL weight.
+        scale: 1/alpha for the method's own reading of a KL weight; a number, or a function of the time t.
         normalised: divide each reward's gradient by its norm, one a sample.
 
     Raises:
@@ -44,7 +48,7 @@ class RewardGuidance:
         schedule: NoiseSchedule,
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float],
-        scale: float,
+        scale: float | Callable[[Tensor], float],
         *,
         normalised: bool = False,
     ) -> None:
@@ -53,7 +57,8 @@ class RewardGuidance:
                 f"each reward needs one weight, got rewards {', '.join(rewards) or 'none'} and weights for "
                 f"{', '.join(weights) or 'none'}; name the same"
             )
-        self.score, self.schedule, self.scale, self.normalised = score, schedule, float(scale), normalised
+        self.score, self.schedule, self.normalised = score, schedule, normalised
+        self.scale = scale if callable(scale) else float(scale)
         self.rewards, self.weights = dict(rewards), dict(weights)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -70,10 +75,34 @@ class RewardGuidance:
                     norm = gradient.flatten(1).norm(dim=1).clamp_min(_TINY)
                     gradient = gradient / norm.reshape(-1, *[1] * (x.ndim - 1))
                 total += self.weights[name] * gradient
-        return score.detach() + self.scale * total
+        scale = self.scale(t) if callable(self.scale) else self.scale
+        return score.detach() + scale * total
 
     def rows(self, index: Tensor) -> RewardGuidance:
         """Return the guided score of the rows ``index``."""
         rewards = {name: restrict_rows(reward, index) for name, reward in self.rewards.items()}
         score = restrict_rows(self.score, index)
         return RewardGuidance(score, self.schedule, rewards, self.weights, self.scale, normalised=self.normalised)
+
+
+def tempered(scale: float, gamma: float, grid: Tensor) -> Callable[[Tensor], float]:
+    """Return scale min((1 + gamma)^n - 1, 1) as a function of the time t, where n is the step of ``grid`` it is in.
+
+    Args:
+        scale: at the end.
+        gamma: growth a step, above 0.
+        grid: decreasing times.
+
+    Raises:
+        ValueError: for a gamma that is not above 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"tempering needs a gamma above 0, got {gamma}; leave it out for none")
+    rising = grid.flip(0)
+
+    def at(t: Tensor) -> float:
+        # The step that starts at t, or that t lies within.
+        step = len(grid) - 1 - int(torch.searchsorted(rising, t.to(rising)))
+        return scale * min((1 + gamma) ** step - 1, 1.0)
+
+    return at

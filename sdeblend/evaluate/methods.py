@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdeblend.baselines.drawn import Drawn
-from sdeblend.baselines.guidance import RewardGuidance
+from sdeblend.baselines.guidance import RewardGuidance, tempered
 from sdeblend.baselines.interpolation import pairwise, quadratic_strength
 from sdeblend.baselines.search import best_of_n, code
 from sdeblend.baselines.steering import steer
@@ -210,9 +210,11 @@ def _guidance(*, normalised: bool) -> Sampler:
             if reward is None:
                 raise NotApplicable(f"it needs rewards with a gradient, which {name} has not")
             rewards[name] = reward
+        full, gamma = wanted.strength * scale, options.get("gamma") or 0.0
         guided = RewardGuidance(
-            base, case.schedule, rewards, used, wanted.strength * scale, normalised=normalised
-        )
+            base, case.schedule, rewards, used, tempered(full, gamma, case.grid) if gamma else full,
+            normalised=normalised,
+        )  # fmt: skip
         drawn = _run(case, guided, draws)
         return Drawn(drawn.samples, drawn.model_calls, drawn.model_calls, reward_calls=drawn.model_calls)
 
@@ -273,6 +275,7 @@ def _union(case: Case, wanted: Wanted, draws: Draws, options: Options) -> Drawn:
 
 _BLEND, _FK = "Cheng et al. 2505.18547", "Singhal et al. 2501.06848"
 _RESAMPLE: Spec = {"threshold": (float, 0.5), "tempering": (float, 1.0)}
+_GUIDED: Spec = {"scale": (float, 0.0), "gamma": (float, 0.0)}
 _STEER: Spec = {"every": (int, 5), "threshold": (float, 0.5)}
 _NO_SOUP = "it needs members that are networks"
 
@@ -346,11 +349,11 @@ METHODS: Final[Mapping[str, Method]] = {
     ),
     "guidance": Method(
         "reward guidance", _guidance(normalised=False), "Chung et al. 2209.14687 (DPS); scale 1/kl_weight",
-        "1 model call and gradient a step, 1 reward call and gradient a step", {"scale": (float, 0.0)},
+        "1 model call and gradient a step, 1 reward call and gradient a step", _GUIDED,
     ),
     "guidance-normalised": Method(
         "reward guidance, normalised", _guidance(normalised=True), "Bansal et al. 2302.07121; unit gradients",
-        "1 model call and gradient a step, 1 reward call and gradient a step", {"scale": (float, 0.0)}, aims=False,
+        "1 model call and gradient a step, 1 reward call and gradient a step", _GUIDED, aims=False,
     ),
     "steer-difference": Method(
         "FK steering, difference", _steer("difference"), _FK, "1 model call a step, 1 reward call a resampling", _STEER
