@@ -174,7 +174,8 @@ def test_batches_are_cut_and_nothing_else_changes(case):
     parts = cut.case(cut.variants[0].name, cut.prompts[0])
     found = METHODS["code"].sample(parts, EQUAL, draws(parts), {"candidates": 2, "block": 2}).samples
     torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(METHODS["soup"].sample(parts, EQUAL, draws(parts), {}).samples, soup, atol=1e-4, rtol=1e-4)
+    found = METHODS["soup"].sample(parts, EQUAL, draws(parts), {}).samples
+    torch.testing.assert_close(found, soup, atol=1e-4, rtol=1e-4)
 
 
 def test_moved_and_diversity(case):

@@ -1,7 +1,7 @@
 """A text-to-image model of Stable Diffusion's classes that fits into the package: scenes of coloured shapes.
 
     pipe = load_small()
-    image = pipe("a large red circle on a blue striped background", guidance_scale=3.0).images[0]
+    image = pipe("a large red circle on a blue striped background", guidance_scale=1.5).images[0]
 
 Its data are drawn (``scenes``, ``drawing``), so what it does can be measured exactly (``scorer``, ``evaluate``), and
 ``python -m stablediffusion.small.train`` makes it again. MODEL_CARD.md tells what it can and cannot do.

@@ -1,8 +1,10 @@
-"""What the bundled members do to pictures, and how blend, soup and a member of the preference itself differ.
+"""What the bundled members do to pictures, against what their targets would do.
 
-Everything is drawn on the same captions and the same noise as the base's pictures, DDIM with eta 1 and the usual
-guidance, so that differences are paired. ``moved`` is in standard deviations of the base's pictures, with its standard
-error; accuracies are the scorer's, of what captions mention.
+Everything is drawn on the same captions and the same noise as the base's pictures, DDIM with eta 1, several pictures a
+caption. ``moved`` is the mean difference from the base's pictures over the base's standard deviation *within* a
+caption, the only spread that a tilt given the caption can use, with a standard error over captions. ``target`` is what
+the member is tuned for: how far the tilt of drawings, decoded, lies from the drawings of the same captions, in the
+standard deviation of those within a caption. Accuracies are the scorer's, of what captions mention.
 """
 
 from __future__ import annotations
@@ -10,102 +12,109 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import GUIDANCE, MEMBERS, SMALL, bundled_member, bundled_names
-from stablediffusion.knobs import Mode
+from stablediffusion.bundled import GUIDANCE, SMALL, bundled_member
 from stablediffusion.members import load_members
 from stablediffusion.rewards import REWARDS
 from stablediffusion.small import load_small
 from stablediffusion.small.cells import Cell, draw_cell, mean_and_error
 from stablediffusion.small.evaluate import accuracies
+from stablediffusion.small.members import recipe_of
+from stablediffusion.small.pool import SCORED, Pool, draw_pool
 from stablediffusion.small.scenes import caption, mention, parse, sample_scenes
 
 RESULTS = SMALL / "members.json"
-SCORED = ("compress", "vivid", "align")
-IMAGES, STEPS = 64, 25
-MODES: tuple[Mode, ...] = ("mpa", "soup")
-WEIGHTS = {0.25: "morl-25", 0.5: "morl-50", 0.75: "morl-75"}
+CAPTIONS, EACH, STEPS = 64, 4, 25
+GUIDANCES = (1.0, GUIDANCE)
 
 
-def measure(names: Sequence[str]) -> None:
-    """Measure the base, these members and, once all are there, blends; write ``members.json``.
+def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> None:
+    """Measure the base and these members; write ``members.json``.
 
     Args:
         names: of members in the package.
+        scales: standard deviation of each reward over the drawings that the members were tuned on.
+        work: folder with the facts of each member's tuning, NAME.json; what is missing is left out.
     """
     record: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     pipe, prompts = load_small(), captions()
-    base = _cell(pipe, {}, None, "mpa", prompts)
-    record |= {"images": IMAGES, "steps": STEPS, "guidance": GUIDANCE, "base": _facts(base, base, prompts)}
+    pool = draw_pool(pipe, [parse(prompt) for prompt in prompts], prompts, seed=13)
+    record |= {"captions": CAPTIONS, "pictures a caption": EACH, "steps": STEPS, "scales": dict(scales)}
+    bases = {guidance: _cell(pipe, None, prompts, guidance) for guidance in GUIDANCES}
+    record["base"] = {f"guidance {g:g}": _facts(cell, cell, prompts) for g, cell in bases.items()}
     found = record.setdefault("members", {})
-    for name in names:
-        cell = _cell(pipe, {name: 1.0}, {name: str(bundled_member(name))}, "mpa", prompts)
-        facts = MEMBERS / f"{name}.json"
-        tuned = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
-        found[name] = tuned | _facts(cell, base, prompts)
-        print(name, found[name]["moved"])
-        write_atomically(RESULTS, json.dumps(record, indent=1) + "\n")
-    if {"compress", "vivid", *WEIGHTS.values()} <= {*bundled_names()}:
-        record["blends"] = {str(w): _compared(pipe, w, tuned, base, prompts) for w, tuned in WEIGHTS.items()}
+    for name in tqdm(names, desc="measured", unit="member", disable=None):
+        facts = work / f"{name}.json"
+        own: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        own["target"] = _target(pool, name, scales)
+        for guidance, base in bases.items():
+            own[f"guidance {guidance:g}"] = _facts(_cell(pipe, name, prompts, guidance), base, prompts)
+        found[name] = own
         write_atomically(RESULTS, json.dumps(record, indent=1) + "\n")
 
 
-def captions(count: int = IMAGES, seed: int = 11) -> list[str]:
-    """Draw captions with colours, shapes and background mentioned, of the training's combinations."""
+def captions(count: int = CAPTIONS, seed: int = 11) -> list[str]:
+    """Draw different captions with colours, shapes and background mentioned, of the training's combinations."""
     generator = torch.Generator().manual_seed(seed)
-    return [caption(scene) for scene in mention(sample_scenes(count, generator), generator, combination=True)]
+    found: list[str] = []
+    while len(found) < count:
+        scenes = mention(sample_scenes(count, generator), generator, combination=True)
+        found = list(dict.fromkeys([*found, *map(caption, scenes)]))
+    return found[:count]
 
 
-def _cell(
-    pipe: Any, weights: Mapping[str, float], files: Mapping[str, str] | None, mode: Mode, prompts: Sequence[str]
-) -> Cell:
-    rewards = {name: REWARDS[name] for name in SCORED}
+def _cell(pipe: Any, name: str | None, prompts: Sequence[str], guidance: float) -> Cell:
     # The base is any member at strength zero.
-    members = load_members(pipe, dict(files) if files else {"compress": bundled_member("compress")})
-    preference = Preference(weights) if weights else Preference({"compress": 0.0})
-    cell = draw_cell(pipe, members, preference, mode=mode, prompts=prompts, each=1, steps=STEPS, rewards=rewards)
-    members.remove()
-    return cell
+    member = name or "compress"
+    members = load_members(pipe, {member: bundled_member(member)})
+    try:
+        return draw_cell(
+            pipe, members, Preference({member: 1.0 if name else 0.0}), prompts=prompts, each=EACH, steps=STEPS,
+            guidance=guidance, rewards={reward: REWARDS[reward] for reward in SCORED},
+        )  # fmt: skip
+    finally:
+        members.remove()
 
 
 def _facts(cell: Cell, base: Cell, prompts: Sequence[str]) -> dict[str, Any]:
     """Return means, how far they moved from the base's, and accuracies."""
-    right = accuracies(2 * cell.images - 1, [parse(prompt) for prompt in prompts])
+    mentioned = [parse(prompt) for prompt in prompts for _ in range(EACH)]
+    right = accuracies(2 * cell.images - 1, mentioned)
     return {
         "mean": {name: _pair(cell.rewards[name]) for name in SCORED},
+        "within": {name: round(_within(cell.rewards[name]), 4) for name in SCORED},
         "moved": {
-            name: _pair((cell.rewards[name] - base.rewards[name]) / float(base.rewards[name].std())) for name in SCORED
+            name: _pair((cell.rewards[name] - base.rewards[name]).reshape(-1, EACH).mean(1)
+                        / _within(base.rewards[name]))
+            for name in SCORED
         },
         "accuracy": {name: round(value["accuracy"], 4) for name, value in right.items() if value["n"]},
-    }
+    }  # fmt: skip
 
 
-def _compared(pipe: Any, weight: float, tuned: str, base: Cell, prompts: Sequence[str]) -> dict[str, Any]:
-    """Return what blend, soup and the member of the preference itself do, and the blend's advantage over the soup."""
-    weights = {"compress": 1 - weight, "vivid": weight}
-    files = {name: str(bundled_member(name)) for name in weights}
-    cells: dict[str, Cell] = {mode: _cell(pipe, weights, files, mode, prompts) for mode in MODES}
-    cells["morl"] = _cell(pipe, {tuned: 1.0}, {tuned: str(bundled_member(tuned))}, "mpa", prompts)
-    spread = {name: float(base.rewards[name].std()) for name in weights}
+def _within(values: Tensor) -> float:
+    """Return the standard deviation within a caption, pooled over captions."""
+    return float(values.reshape(-1, EACH).var(1).mean().sqrt())
 
-    def weighted(cell: Cell) -> Tensor:
-        return sum((w / spread[name] * cell.rewards[name] for name, w in weights.items()), torch.zeros(len(prompts)))
 
-    out: dict[str, Any] = {mode: _facts(cell, base, prompts)["moved"] for mode, cell in cells.items()}
-    nats = cells["mpa"].nats
-    pixels = (cells["mpa"].images - cells["soup"].images).square().flatten(1).mean(1).sqrt()
-    return out | {
-        "certificate": None if nats is None else _pair(nats),
-        "blend minus soup, weighted reward in sd": _pair(weighted(cells["mpa"]) - weighted(cells["soup"])),
-        "blend minus morl, weighted reward in sd": _pair(weighted(cells["mpa"]) - weighted(cells["morl"])),
-        "distance of pixels, blend to soup": _pair(pixels),
-    }
+def _target(pool: Pool, name: str, scales: Mapping[str, float]) -> dict[str, float]:
+    recipe = recipe_of(name)
+    total = sum(weight / scales[reward] * pool.rewards[reward].double() for reward, weight in recipe.weights.items())
+    weights = (torch.as_tensor(total) / recipe.kl_weight).softmax(1)
+    out = {"effective candidates": round(float((1 / weights.square().sum(1)).median()), 1)}
+    for reward in SCORED:
+        values = pool.rewards[reward].double()
+        gained = ((weights * values).sum(1) - values.mean(1)).mean()
+        out[reward] = round(float(gained / values.var(1).mean().sqrt()), 3)
+    return out
 
 
 def _pair(values: Tensor) -> list[float]:

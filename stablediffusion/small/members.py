@@ -1,26 +1,24 @@
 """Tune the bundled model's members, at a KL weight that is known because their targets are sampled exactly.
 
-    python -m stablediffusion.small.members [--only NAME ...] [--out DIR] [--measure]
+    python -m stablediffusion.small.members [--only NAME ...] [--work DIR] [--measure]
 
-The base was trained on drawings, and drawings cost nothing. So the tilt given a caption c,
-
-    p(x | c) exp(r(x) / kl_weight) / Z(c),
-
-can be sampled: draw many scenes that the caption leaves open, score them, keep one with probability proportional to
-exp(r / kl_weight). A member is a LoRA trained on such drawings by the base's own loss: no trainer's bias or noise
-stands between it and the KL weight (those of the trainers of ``sdeblend.finetune`` are measured on mixtures). What is
-left is that the base is not the drawings' law itself; ``--only control`` trains alike on drawings that are not tilted,
-and shows what training longer does by itself (it is not shipped).
+A member is a LoRA regressed on drawings tilted by exp(r / kl_weight) given the caption (``pool``): no trainer's bias
+or noise stands between it and the KL weight (those of the trainers of ``sdeblend.finetune`` are measured on mixtures).
+At times t above ``RESOLVED`` the target is the average over the candidates that a state may have come from; below it
+candidates are told apart, so that the tilt and its base agree to 1e-4 of the variance of v, and the target is the
+base's own prediction, without noise. Most steps are taken where the noise is large, for there a tilt differs from its
+base. What is left is that the base is not the drawings' law itself; ``--only control`` trains alike on drawings that
+are not tilted, and shows what training longer does by itself (it is not shipped).
 
 Rewards are standardised, r = sum_i w_i r_i / sd_i with sd_i the standard deviation over drawings, so that kl_weight is
 in standard deviations and the same for all but one:
 
-    compress, vivid          one reward each
+    compress, vivid, align   one reward each
     compress-half            compress at twice the kl_weight: half its strength
-    morl-25, ...           r(w) = (1 - w) compress + w vivid itself: what a blend is compared with
+    morl-25, -50, -75        r(w) = (1 - w) compress + w vivid itself; morl-50 is also the pair of second order
+                             (r_1 + r_2 at twice the kl_weight), named compress+vivid too
 
-``morl-50`` is also the pair of second order (``sdeblend.baselines.interpolation``): compress + vivid at twice the
-kl_weight is r(1/2) at kl_weight.
+Shards of drawings and the state of each member are kept in DIR: a run that was stopped goes on there.
 
 Source: Andrieu et al. 2003 (importance resampling); Rame et al. 2306.04488 (weights between rewards).
 """
@@ -29,33 +27,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
 from stablediffusion.bundled import MEMBERS
-from stablediffusion.prompts import PromptCondition
-from stablediffusion.rewards import colourfulness, jpeg_size
 from stablediffusion.small import load_small
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.scenes import Scene, caption, complete, held_out, mention, sample_scenes
+from stablediffusion.small.loop import Budget, Loop, Rate
+from stablediffusion.small.pool import SCORED, Pool, averaged, make_pool, tilt_kl
 from stablediffusion.tunable import Layers, PipelineTunable
 
 KL_WEIGHT = 0.125
 RANK = 6
 LAYERS: tuple[Layers, ...] = ("attention", "feed-forward", "convolutions")
-CAPTIONS, CANDIDATES, KEPT = 1600, 384, 6
-STEPS, BATCH, LEARNING_RATE, WARM_UP, AVERAGE = 450, 32, 1e-3, 30, 0.98
-# As often as in the base's training: guidance needs the tilt without a caption too.
-EMPTY = 0.1
+SHARDS, STEPS, BATCH = 40, 700, 32
+RATE = Rate({"lora": 3e-3}, warm_up=50, decay=0.5, average=0.995)
+RESOLVED = 0.3
+# Of the steps, how many are below RESOLVED, and how many above t = 1/2.
+ANCHORED, NOISY = 0.15, 0.7
 
 
 @dataclass(frozen=True)
@@ -78,63 +73,24 @@ RECIPES: Mapping[str, Recipe] = {
     "compress-half": Recipe({"compress": 1.0}, 2 * KL_WEIGHT),
     "morl-25": Recipe({"compress": 0.75, "vivid": 0.25}),
     "morl-75": Recipe({"compress": 0.25, "vivid": 0.75}),
+    "align": Recipe({"align": 1.0}),
     "control": Recipe({"compress": 0.0}, float("inf")),
 }
 
 SHIPPED = tuple(name for name in RECIPES if name != "control")
 
 
-def rewards_of(images: Tensor) -> dict[str, Tensor]:
-    """Return the rewards of images (B, 3, H, W) in [0, 1]: minus the JPEG size in kB, and colourfulness."""
-    return {"compress": -jpeg_size(images), "vivid": colourfulness(images)}
+def recipe_of(name: str) -> Recipe:
+    """Return a recipe by its name; ``NAME@ALPHA`` is that of NAME at another kl_weight.
 
-
-def scales(count: int = 4096, seed: int = 1) -> dict[str, float]:
-    """Return the standard deviation of each reward over drawings of the training's scenes."""
-    generator = torch.Generator().manual_seed(seed)
-    images = (draw(sample_scenes(count, generator), generator) + 1) / 2
-    return {name: float(values.std()) for name, values in rewards_of(images).items()}
-
-
-def candidates(mentioned: Scene, count: int, generator: torch.Generator) -> list[Scene]:
-    """Draw complete scenes that a caption leaves open, none of them held out."""
-    scenes: list[Scene] = []
-    while len(scenes) < count:
-        draws = torch.rand((count, 24), generator=generator, dtype=torch.float64).tolist()
-        drawn = [complete(mentioned, iter(row)) for row in draws]
-        scenes += [scene for scene in drawn if not held_out(scene)]
-    return scenes[:count]
-
-
-def tilted_drawings(names: Sequence[str], seed: int = 2) -> tuple[list[str], dict[str, Tensor], dict[str, float]]:
-    """Draw the members' training pictures: of each caption ``KEPT`` of ``CANDIDATES`` drawings, kept by their weights.
-
-    Args:
-        names: of the recipes.
-        seed: of everything drawn.
-
-    Returns:
-        the captions; recipe -> pictures, uint8 (captions, KEPT, 3, H, W); recipe -> KL of the tilt, nats a caption.
+    Raises:
+        ValueError: for another name.
     """
-    generator, spread = torch.Generator().manual_seed(seed), scales()
-    captions: list[str] = []
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
-    nats = dict.fromkeys(names, 0.0)
-    scenes = mention(sample_scenes(CAPTIONS, generator), generator)
-    empty = (torch.rand(CAPTIONS, generator=generator) < EMPTY).tolist()
-    for scene, drop in zip(tqdm(scenes, desc="tilted drawings", disable=None), empty, strict=True):
-        mentioned = Scene(()) if drop else scene
-        captions.append("" if drop else caption(scene))
-        images = (draw(candidates(mentioned, CANDIDATES, generator), generator) + 1) / 2
-        values = rewards_of(images)
-        for name in names:
-            recipe = RECIPES[name]
-            total = torch.stack([w / spread[k] * values[k] for k, w in recipe.weights.items()]).sum(0)
-            probabilities = (total.double() / recipe.kl_weight).softmax(0)
-            chosen = torch.multinomial(probabilities, KEPT, replacement=True, generator=generator)
-            kept[name].append((255 * images[chosen]).round().to(torch.uint8))
-            nats[name] += float((probabilities * (probabilities.clamp_min(1e-300) * CANDIDATES).log()).sum())
-    return captions, {k: torch.stack(v) for k, v in kept.items()}, {k: v / CAPTIONS for k, v in nats.items()}
+    known, at, alpha = name.partition("@")
+    try:
+        return Recipe(RECIPES[known].weights, float(alpha)) if at else RECIPES[name]
+    except (KeyError, ValueError):
+        raise ValueError(f"a member must be one of {', '.join(RECIPES)}, or one of them @ALPHA, got {name!r}") from None
 
 
 def tunable(pipe: Any, seed: int = 0) -> PipelineTunable:
@@ -144,88 +100,106 @@ def tunable(pipe: Any, seed: int = 0) -> PipelineTunable:
     )
 
 
-def tune(name: str, captions: Sequence[str], pictures: Tensor, seed: int = 3) -> Path:
-    """Train a member on its pictures and write it into the package.
+def tune(name: str, pool: Pool, work: Path, file: Path, *, steps: int = STEPS, seed: int = 3) -> dict[str, Any]:
+    """Train a member, or go on training it, and write its file.
 
     Args:
         name: of the recipe.
-        captions: (N,).
-        pictures: uint8 (N, KEPT, 3, H, W).
+        pool: what it is trained on.
+        work: folder of its state.
+        file: of the member.
+        steps: of the optimiser.
         seed: of batches, times and noise.
 
     Returns:
-        the member's file.
+        facts about it, as JSON has them.
     """
-    generator = torch.Generator().manual_seed(seed)
-    pipe = load_small()
-    model = tunable(pipe)
-    parameters = list(model.trainable().values())
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    for step in tqdm(range(STEPS), desc=name, disable=None):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, 2 * (1 - step / STEPS))
-        row = torch.randint(len(captions), (BATCH,), generator=generator)
-        images = pictures[row, torch.randint(KEPT, (BATCH,), generator=generator)]
-        condition = model.condition([captions[i] for i in row.tolist()])
-        loss = denoising_loss(model, images.float() / 127.5 - 1, condition, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - AVERAGE)
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
-            parameter.copy_(mean)
-    recipe = RECIPES[name]
+    recipe, model = recipe_of(name), tunable(load_small())
+    log_weights = pool.log_weights(recipe.weights, recipe.kl_weight)
+    parameters = nn.ParameterList(model.trainable().values())
+    loop = Loop(work / f"{name}.safetensors", {"lora": parameters}, RATE, seed=seed)
+    loop.run(lambda generator: tilted_loss(model, pool, log_weights, generator), Budget(steps=steps))
+    loop.use_averages()
     about = {
         "sdeblend.reward": json.dumps(dict(recipe.weights)),
+        "sdeblend.scales": json.dumps({reward: pool.scale(reward) for reward in recipe.weights}),
         "sdeblend.base": model.identity(),
         "sdeblend.trainer": "tilted drawings",
     }
     if recipe.kl_weight < float("inf"):
         about["sdeblend.kl_weight"] = repr(recipe.kl_weight)
-    MEMBERS.mkdir(exist_ok=True)
-    return model.save(MEMBERS / f"{name}.safetensors", about)
+    model.save(file, about)
+    total = log_weights.new_zeros(log_weights.shape)
+    for reward, weight in recipe.weights.items():
+        total += weight / pool.scale(reward) * pool.rewards[reward].double()
+    gained = (log_weights.exp() * total).sum(1) - total.mean(1)
+    return {
+        "kl_of_target": round(tilt_kl(log_weights), 3),
+        "gain_of_target": round(float(gained.mean()), 3),
+        "spread_of_caption": round(float(total.std(1).mean()), 3),
+        "steps": loop.step,
+        "seconds": round(loop.seconds),
+    }
 
 
-def denoising_loss(
-    model: PipelineTunable, images: Tensor, condition: PromptCondition, generator: torch.Generator
+def tilted_loss(
+    model: PipelineTunable, pool: Pool, log_weights: Tensor, generator: torch.Generator, batch: int = BATCH
 ) -> Tensor:
-    """Return the base's own loss, the mean of |v - v(x, t, caption)|^2 with t uniform on the table.
+    """Return the mean of |target - v(x, t, caption)|^2 over states noised from the tilt.
 
     Args:
         model: base and LoRA.
-        images: (B, 3, H, W) in [-1, 1].
-        condition: of the B images.
-        generator: of latents, times and noise.
+        pool: captions and candidates.
+        log_weights: of the candidates, (N, J).
+        generator: of captions, candidates, times and noise.
+        batch: states.
     """
-    vae, schedule = model.pipe.vae, model.schedule
-    with torch.no_grad():
-        clean = vae.encode(images).latent_dist.sample(generator=generator) * vae.config.scaling_factor
-    times = (torch.randint(1000, (len(images),), generator=generator).double() + 1) / 1000
+    schedule = model.schedule
+    row = torch.randint(len(pool.captions), (batch,), generator=generator)
+    chosen = torch.multinomial(log_weights[row].exp(), 1, generator=generator)[:, 0]
+    clean = pool.latents[row, chosen].float()
+    times = _times(batch, generator)
     eps = torch.randn(clean.shape, generator=generator)
-    v = per_row(schedule.alpha(times), eps) * eps - per_row(schedule.sigma(times), eps) * clean
-    return (model.tuned(noised(schedule, clean, times, eps), times, condition) - v).square().mean()
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    x = noised(schedule, clean, times, eps)
+    condition = model.condition([pool.captions[i] for i in row.tolist()])
+    with torch.no_grad():
+        mean = averaged(pool.latents[row], log_weights[row], x, alpha, sigma)
+        # v = a eps - s x0 with eps = (x - a x0) / s and a^2 + s^2 = 1
+        target = per_row(alpha / sigma, x) * x - per_row(1 / sigma, x) * mean
+        resolved = (times <= RESOLVED).nonzero()[:, 0]
+        if len(resolved):
+            target[resolved] = model.base(x[resolved], times[resolved], condition.rows(resolved))
+    return (model.tuned(x, times, condition) - target).square().mean()
+
+
+def _times(batch: int, generator: torch.Generator) -> Tensor:
+    """Draw times of the table, (batch,) float64, more of them where tilt and base differ."""
+    kind = torch.rand(batch, generator=generator, dtype=torch.float64)
+    place = torch.rand(batch, generator=generator, dtype=torch.float64)
+    low, middle, high = place * RESOLVED, RESOLVED + place * (0.5 - RESOLVED), 0.5 + place / 2
+    t = torch.where(kind < ANCHORED, low, torch.where(kind < 1 - NOISY, middle, high))
+    return (t * 1000).floor().add(1).clamp(max=1000) / 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune and measure; return 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(RECIPES), default=SHIPPED, metavar="NAME")
+    parser.add_argument("--only", nargs="+", default=SHIPPED, metavar="NAME", help="or NAME@ALPHA, another KL weight")
+    parser.add_argument("--work", type=Path, default=Path("out/small-members"), help="folder of drawings and states")
     parser.add_argument("--measure", action="store_true", help="measure the members that exist, tune none")
     arguments = parser.parse_args(argv)
-    if not arguments.measure:
-        captions, pictures, nats = tilted_drawings(tuple(RECIPES))
-        for name in arguments.only:
-            start = time.perf_counter()
-            tune(name, captions, pictures[name])
-            facts = {"kl_of_target": round(nats[name], 3), "seconds": round(time.perf_counter() - start)}
-            write_atomically(MEMBERS / f"{name}.json", json.dumps(facts) + "\n")
-    # late: it is not needed to tune
+    pool = make_pool(load_small(), arguments.work / "drawings", range(SHARDS))
+    for name in arguments.only if not arguments.measure else ():
+        folder = MEMBERS if name in SHIPPED else arguments.work
+        facts = tune(name, pool, arguments.work / "states", folder / f"{name}.safetensors")
+        write_atomically(arguments.work / f"{name}.json", json.dumps(facts) + "\n")
+        print(name, facts)
+    # late: it reads this module's recipes
     from stablediffusion.small.measure_members import measure
 
-    measure(arguments.only)
+    scales = {reward: pool.scale(reward) for reward in SCORED}
+    measure([name for name in arguments.only if name in SHIPPED], scales, arguments.work)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from stablediffusion.bundled import GUIDANCE
 from stablediffusion.small.networks import scheduler
 from stablediffusion.small.tokenizer import tokenizer
 
@@ -67,7 +68,7 @@ def generate(
     generator: torch.Generator,
     *,
     steps: int = 50,
-    guidance: float = 3.0,
+    guidance: float = GUIDANCE,
     batch: int = 64,
     hide: bool | None = True,
 ) -> Tensor:
