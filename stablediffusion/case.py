@@ -6,17 +6,21 @@ Rewards look at decoded images, in units of their scale. Networks get at most ``
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from sdeblend.baselines.drawn import Drawn, Reward
 from sdeblend.baselines.interpolation import PAIR
 from sdeblend.blend import Blend
-from sdeblend.evaluate.backend import Case, Wanted
+from sdeblend.evaluate.backend import Case, Distance, Wanted
 from sdeblend.evaluate.draws import Draws
 from sdeblend.score import ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.sde import BackwardSDE
@@ -33,6 +37,8 @@ from stablediffusion.scoring import Prompts, score_each
 if TYPE_CHECKING:
     from stablediffusion.evaluate import PipelineBackend
 
+# Sets of exact samples, for what distances they have.
+FLOORS: Final = 32
 _SOUPS = {"soup-deltas": "soup", "soup-factors": "soup-factors"}
 
 
@@ -118,6 +124,42 @@ class PipelineCase(Case):
         stand_in = self.backend.settings["gradients"].get(name, name)
         reward = self.backend.rewards[stand_in]
         return _ImageScore(self, reward, self._scale(name)) if reward.differentiable else None
+
+    def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
+        if goal != "target" or self._target is None or self.kl_weight is None:
+            return {}
+        shares = {name: wanted.strength * w for name, w in wanted.weights.items()}
+        exact = torch.stack([w / self._scale(name) * self._target[name] for name, w in shares.items()]).sum(0).numpy()
+        law = np.exp(exact / self.kl_weight - (exact / self.kl_weight).max())
+        law /= law.sum()
+        chosen = {name: self.backend.rewards[name] for name in self.names}
+        values, _ = score_each(chosen, self._images(drawn.samples), Prompts((self.prompt,) * len(drawn.samples)))
+        parts = [w / self._scale(name) * values[name].double() for name, w in shares.items()]
+        found = torch.stack(parts).sum(0).cpu().numpy()
+        if not np.isfinite(found).all():
+            return {}
+        weights = None if drawn.log_weights is None else drawn.log_weights.double().softmax(0).cpu().numpy()
+        rng, count = np.random.default_rng(0), drawn.effective
+        floors = [wasserstein_distance(rng.choice(exact, count, p=law), exact, None, law) for _ in range(FLOORS)]
+        distance = wasserstein_distance(found, exact, weights, law)
+        return {"W1 of r(w)": Distance(float(distance), float(np.mean(floors)), float(np.std(floors, ddof=1)))}
+
+    @cached_property
+    def _target(self) -> dict[str, Tensor] | None:
+        """The members' rewards of drawings of the caption, float64 (J,); None for what is no caption."""
+        from stablediffusion.small.pool import SCORED, draw_pool
+        from stablediffusion.small.scenes import parse
+
+        count = self.backend.settings["candidates"]
+        if self.backend.settings["path"] or not count or not set(self.names) <= set(SCORED):
+            return None
+        try:
+            scene = parse(self.prompt)
+        except ValueError:
+            return None
+        seed = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "little")
+        pool = draw_pool(self.backend.pipe, [scene], [self.prompt], count=count, seed=seed)
+        return {name: pool.rewards[name][0].double() for name in self.names}
 
     def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
         images, base = self._images(drawn.samples), self._base(draws)

@@ -5,6 +5,7 @@
     path = "folder or hub id"        # left out: the bundled model
     prompts = "prompts.txt"          # one a line, or a list; the bundled model's own captions if left out
     captions = 16                    # of those, how many
+    candidates = 512                 # drawings a caption, to measure against the exact target; 0 for none
     guidances = [1.0, 7.5]           # a variant each
     steps = 50                       # of the pipeline's own scheduler grid, DDIM's with this eta; the last ends at 0
     eta = 1.0
@@ -29,8 +30,11 @@
     [backend.sets.members]
 
 All rewards are reported and weighed in units of their scale, so that with the scales of the members' files
-the KL weight is theirs. Measured besides, within a prompt: ``diversity``, the mean distance between two images, and
-``moved``, that between an image and the base's on the same start and step noise; root mean square over the pixels.
+the KL weight is theirs. For captions of the bundled model the exact target can be sampled, without guidance: drawings
+tilted by exp(lambda r(w) / alpha). ``W1 of r(w)`` is the Wasserstein distance between the law of r(w) of the images and
+of these, caption by caption, beside what exact samples have. Measured besides, within a prompt: ``diversity``, the
+mean distance between two images, and ``moved``, that between an image and the base's on the same start and step noise;
+root mean square over the pixels.
 
 Source: Diffusion Blend 2505.18547, section 6 (50 DDIM steps with eta 1, guidance 7.5).
 """
@@ -71,6 +75,7 @@ _TABLE: Spec = {
     "path": (str, ""),
     "prompts": (str | list[str], []),
     "captions": (int, 16),
+    "candidates": (int, 512),
     "guidances": (list[float], []),
     "negative": (str, ""),
     "steps": (int, 50),
@@ -194,7 +199,7 @@ def _file(source: str, file: str) -> Path:
 def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.device) -> PipelineBackend:
     """Build the backend from its table; see the module's docstring and ``sdeblend.evaluate.backend.Builder``."""
     settings = check_keys(table, _TABLE, file=file, section="[backend]")
-    for key, low in (("steps", 2), ("captions", 1), ("batch", 2)):
+    for key, low in (("steps", 2), ("captions", 1), ("batch", 2), ("candidates", 0)):
         if settings[key] < low:
             raise ValueError(f"{file}: [backend] {key} must be at least {low}, got {settings[key]}")
     if not 0 <= settings["eta"] <= 1:

@@ -312,3 +312,25 @@ def test_bundled_configurations_are_read_and_those_with_weights_say_what_is_miss
         assert cli(["evaluate", name]) == 2
         assert lacks in capsys.readouterr().err
     assert json.loads(json.dumps(plan.fixed()))["backend.captions"] == 16
+
+
+def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case):
+    """The target's own drawings have the floor; pictures far above it in reward do not, whatever their mean."""
+    from sdeblend.baselines.drawn import Drawn
+
+    wanted, target = FIRST, case._target
+    assert target is not None and target["compress"].shape == (512,)
+    exact = target["compress"] / case._scale("compress")
+    law = (exact / case.kl_weight).softmax(0)
+    drawn = METHODS["base"].sample(case, wanted, draws(case, 8), {})
+    found = case.measure(drawn, wanted, "target")["W1 of r(w)"]
+    by_hand = REWARDS["compress"](case.decode(drawn.samples), None).double() / case._scale("compress")
+    levels = (torch.arange(20_000).double() + 0.5) / 20_000
+    order = exact.argsort()
+    quantiles = exact[order][torch.searchsorted(law[order].cumsum(0), levels).clamp(max=511)]
+    own = by_hand.sort().values[(levels * 8).long()]
+    assert found.value == pytest.approx(float((own - quantiles).abs().mean()), rel=2e-2, abs=2e-3)
+    assert 0 < found.floor < found.value and found.floor_sd > 0
+    assert case.measure(Drawn(drawn.samples, 1.0), wanted, "union") == {}
+    none = build(candidates=0)
+    assert none.case(none.variants[0].name, none.prompts[0]).measure(drawn, wanted, "target") == {}

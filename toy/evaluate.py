@@ -192,7 +192,7 @@ class MixtureCase(Case):
     def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
         x, log_w = drawn.samples.double().cpu(), drawn.log_weights
         found = self._reference(wanted, goal, len(x))
-        floors = found.floors(_effective(drawn, len(x)))
+        floors = found.floors(drawn.effective)
         return {name: Distance(v, *floors[name]) for name, v in found.distances(x, log_w).items()}
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
@@ -210,16 +210,6 @@ class MixtureCase(Case):
     def _generator(self, stream: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.variant}|{stream}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def _effective(drawn: Drawn, n: int) -> int:
-    """Return how many independent samples of equal weight these are worth, to two digits."""
-    if drawn.log_weights is None and drawn.ancestors is None:
-        return n
-    weights = torch.full((n,), 1 / n).double() if drawn.log_weights is None else drawn.log_weights.double().softmax(0)
-    if drawn.ancestors is not None:
-        weights = torch.zeros(n, dtype=torch.float64).index_add_(0, drawn.ancestors.cpu(), weights.cpu())
-    return max(2, int(float(f"{1 / float(weights.square().sum()):.2g}")))
 
 
 class Yardstick:

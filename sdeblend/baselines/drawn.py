@@ -39,6 +39,19 @@ class Drawn:
     ancestors: Tensor | None = None
     facts: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def effective(self) -> int:
+        """How many independent samples of equal weight these are worth, to two digits, at least 2."""
+        n = len(self.samples)
+        if self.log_weights is None and self.ancestors is None:
+            return n
+        weights = torch.full((n,), 1 / n).double()
+        if self.log_weights is not None:
+            weights = self.log_weights.double().softmax(0).cpu()
+        if self.ancestors is not None:
+            weights = torch.zeros(n, dtype=torch.float64).index_add_(0, self.ancestors.cpu(), weights)
+        return max(2, int(float(f"{1 / float(weights.square().sum()):.2g}")))
+
 
 def denoised(schedule: NoiseSchedule, score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:
     """Return E[x_0 | x_t = x] = (x + sigma^2 score) / alpha, (B, *event); one evaluation. At t = 0 it is x."""
