@@ -29,7 +29,7 @@ from sdeblend.steps import Ancestral
 from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.members import Members
-from stablediffusion.plotting_sheets import montage_png
+from stablediffusion.montage import montage_png
 from stablediffusion.rewards import ImageReward
 from stablediffusion.schedulers import scheduler_grid
 from stablediffusion.scoring import Prompts, score_each

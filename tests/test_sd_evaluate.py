@@ -14,9 +14,9 @@ from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.config import CONFIGS, load_plan
 from sdeblend.evaluate.draws import Draws
 from sdeblend.evaluate.methods import METHODS, NotApplicable
+from sdeblend.evaluate.plotting_sheets import sheets
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
-from sdeblend.evaluate.sheets import sheets
 from sdeblend.evaluate.summary import load
 from stablediffusion import evaluate as backend_module
 from stablediffusion.latents import SoupScore, pipeline_score

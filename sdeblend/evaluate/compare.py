@@ -52,7 +52,7 @@ def write_report(folders: Sequence[Folder], out: Path) -> list[Path]:
         out: where to write.
     """
     from sdeblend.evaluate.plotting import figures
-    from sdeblend.evaluate.sheets import sheets
+    from sdeblend.evaluate.plotting_sheets import sheets
     from sdeblend.evaluate.summary import load, summarise
     from sdeblend.evaluate.tables import latex, markdown
 
