@@ -23,8 +23,6 @@ from sdeblend.blend import Blend
 from sdeblend.evaluate.backend import Case, Distance, Wanted
 from sdeblend.evaluate.draws import Draws
 from sdeblend.score import ScoreFunction, ScoreStack, restrict_rows
-from sdeblend.sde import BackwardSDE
-from sdeblend.solve import trajectory
 from sdeblend.steps import Ancestral
 from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
@@ -78,7 +76,7 @@ class PipelineCase(Case):
         self.size = base.size
 
         self._seen: tuple[Tensor, Tensor] | None = None
-        self._bases: dict[tuple[int, ...], Tensor] = {}
+        self._based: tuple[Draws, Tensor] | None = None
 
     def stack(self, batch: int) -> ScoreStack:
         return self._cut(self._stack(batch, [f"member:{name}" for name in self.names]))
@@ -162,7 +160,7 @@ class PipelineCase(Case):
         return {name: pool.rewards[name][0].double() for name in self.names}
 
     def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
-        images, base = self._images(drawn.samples), self._base(draws)
+        images, base = self._images(drawn.samples), self._base_images(draws)
         flat = images.flatten(1)
         facts = {"moved": float((images - base).square().flatten(1).mean(1).sqrt().mean())}
         if len(flat) > 1:
@@ -215,21 +213,16 @@ class PipelineCase(Case):
                 self._seen = samples, self.decode(samples)
         return self._seen[1]
 
+    def _base_images(self, draws: Draws) -> Tensor:
+        if self._based is None or self._based[0] is not draws:
+            with torch.no_grad():
+                self._based = draws, self.decode(self.base(draws))
+        return self._based[1]
+
     def decode(self, x: Tensor) -> Tensor:
         """Return the images of clean latents (B, *event), (B, 3, H, W) in [0, 1], differentiable."""
         parts = [decode_latents(self.backend.pipe, part, self.size) for part in x.split(self.backend.settings["batch"])]
         return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
-
-    def _base(self, draws: Draws) -> Tensor:
-        """Return the base's images on the same noise."""
-        if draws.seeds not in self._bases:
-            sde = BackwardSDE(self.schedule, self.differentiable_base(len(draws)))
-            x = draws.start(self.like, self.schedule.prior_std())
-            for state in trajectory(sde, x, self.grid, step=self.step, noise=draws.noise()):
-                x = state.x
-            with torch.no_grad():
-                self._bases = {draws.seeds: self.decode(x)}
-        return self._bases[draws.seeds]
 
 
 class _CutStack:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from sdeblend.baselines.drawn import Drawn, Reward
-from sdeblend.blend import Preference
+from sdeblend.blend import Blend, Preference
 from sdeblend.evaluate.draws import Draws
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, ScoreStack
+from sdeblend.sde import BackwardSDE
+from sdeblend.solve import trajectory
 from sdeblend.steps import Step
 
 GROUP = "sdeblend.backends"
@@ -101,6 +103,7 @@ class Case(ABC):
     like: Tensor
     kl_weight: float | None = None
     failures: Sequence[str] = ()
+    _base: tuple[Draws, Tensor] | None = None
 
     @abstractmethod
     def stack(self, batch: int) -> ScoreStack:
@@ -172,11 +175,26 @@ class Case(ABC):
     def describe(self, drawn: Drawn, draws: Draws) -> Mapping[str, float]:
         """Return further numbers on the samples of one cell, by name; means of them over cells are reported.
 
+        Here ``moved``: the mean distance of a sample to the base's on the same start and step noise, root mean square
+        over its coordinates.
+
         Args:
             drawn: samples and weights.
             draws: what they were drawn with.
         """
-        return {}
+        return {"moved": float((drawn.samples - self.base(draws)).flatten(1).square().mean(1).sqrt().mean())}
+
+    def base(self, draws: Draws) -> Tensor:
+        """Return the base's samples (B, *event); those of the last draws are remembered."""
+        if self._base is None or self._base[0] is not draws:
+            c = torch.zeros(1 + len(self.names), dtype=torch.float64)
+            c[0] = 1
+            sde = BackwardSDE(self.schedule, Blend(self.stack(len(draws)), c))
+            x = draws.start(self.like, self.schedule.prior_std())
+            for state in trajectory(sde, x, self.grid, step=self.step, noise=draws.noise()):
+                x = state.x
+            self._base = draws, x
+        return self._base[1]
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> Mapping[str, Sequence[Any]]:
         """Return what rows store of the samples themselves, by column; files go below ``folder``, named from ``stem``.
