@@ -192,3 +192,13 @@ def test_the_reward_of_das_is_split_and_its_target_kept():
         x = torch.randn(5, 2, generator=generator(0), dtype=torch.float64)
         values = case.rewards(x)
         torch.testing.assert_close(values["x"] + values["y"], values["r"])
+
+
+def test_moved_is_the_distance_to_the_base_on_the_same_noise():
+    case, draws = watched(), Draws(0, "", range(BATCH))
+    base, blend = sampled("base", case), sampled("mpa", case)
+    assert case.describe(base, draws)["moved"] == 0
+    by_hand = (blend.samples - base.samples).square().mean(1).sqrt().mean()
+    assert case.describe(blend, draws)["moved"] == pytest.approx(float(by_hand), rel=1e-6) and by_hand > 0.1
+    others = Draws(0, "", range(BATCH, 2 * BATCH))
+    assert case.describe(base, others)["moved"] > 1  # other noise is not the same pair
