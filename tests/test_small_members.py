@@ -51,6 +51,17 @@ def test_shards_depend_on_their_number_alone_and_are_kept(pipe, small_pool, tmp_
     torch.testing.assert_close(pool.rewards["vivid"][0], REWARDS["vivid"](seen, None), atol=1e-5, rtol=1e-5)
 
 
+def test_candidates_may_be_the_bases_own_samples(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("stablediffusion.small.pool.OWN_STEPS", 3)
+    pool = make_pool(pipe, tmp_path / "a", [0], count=3, each=2, own=True)
+    assert pool.latents.shape == (2, 3, 4, 8, 8) and float(pool.latents.float().std(1).mean()) > 0.1
+    again = make_pool(pipe, tmp_path / "b", [0], count=3, each=2, own=True)
+    assert torch.equal(again.latents, pool.latents) and torch.equal(again.rewards["align"], pool.rewards["align"])
+    drawn = make_pool(pipe, tmp_path / "c", [0], count=3, each=2)
+    assert drawn.captions == pool.captions and not torch.equal(drawn.latents, pool.latents)
+    assert members.recipe_of("align").own and not members.recipe_of("vivid").own
+
+
 def test_tilts_move_the_rewards_and_the_control_does_not(small_pool):
     pool, _ = small_pool
 

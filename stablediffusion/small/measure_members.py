@@ -54,11 +54,32 @@ def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> No
     for name in tqdm(names, desc="measured", unit="member", disable=None):
         facts = work / f"{name}.json"
         own: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
-        own["target"] = _target(pool, name, scales)
+        # What is tuned on the base's own samples knows its target from them alone.
+        own["target"] = _own_target(own) if recipe_of(name).own else _target(pool, name, scales)
         for guidance, base in bases.items():
             own[f"guidance {guidance:g}"] = _facts(_cell(pipe, name, prompts, guidance), base, prompts)
         found[name] = own
         write_atomically(RESULTS, json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """Return the model card's table of members, in Markdown."""
+    columns = [(g, reward) for g in GUIDANCES for reward in SCORED]
+    lines = [
+        "| member | KL of the target, nats | target: compress, vivid, align | "
+        + " | ".join(f"{reward}, guidance {g:g}" for g, reward in columns)
+        + " | colour, shape right, % |",
+        "|---" * (4 + len(columns)) + "|",
+    ]
+    for name, member in record["members"].items():
+        target = ", ".join(f"{v:+.2f}" if (v := member["target"].get(r)) is not None else "-" for r in SCORED)
+        moved = [member[f"guidance {g:g}"]["moved"][reward] for g, reward in columns]
+        right = member[f"guidance {GUIDANCE:g}"]["accuracy"]
+        cells = [f"`{name}`", f"{member.get('kl_of_target', math.nan):.2f}", target]
+        cells += [f"{value:+.2f} ± {error:.2f}" for value, error in moved]
+        lines.append("| " + " | ".join([*cells, f"{100 * right['colour']:.0f}, {100 * right['shape']:.0f}"]) + " |")
+    return "\n".join(lines)
 
 
 def captions(count: int = CAPTIONS, seed: int = 11) -> list[str]:
@@ -115,6 +136,10 @@ def _target(pool: Pool, name: str, scales: Mapping[str, float]) -> dict[str, flo
         gained = ((weights * values).sum(1) - values.mean(1)).mean()
         out[reward] = round(float(gained / values.var(1).mean().sqrt()), 3)
     return out
+
+
+def _own_target(facts: Mapping[str, Any]) -> dict[str, float]:
+    return {"align": round(facts["gain_of_target"] / facts["within_of_captions"], 3)} if facts else {}
 
 
 def _pair(values: Tensor) -> list[float]:

@@ -2,8 +2,9 @@
 
     python -m stablediffusion.small.members [--only NAME ...] [--work DIR] [--measure]
 
-A member is a LoRA regressed on drawings tilted by exp(r / kl_weight) given the caption (``pool``): no trainer's bias
-or noise stands between it and the KL weight (those of the trainers of ``sdeblend.finetune`` are measured on mixtures).
+A member is a LoRA regressed on drawings tilted by exp(r / kl_weight) given the caption (``pool``), ``align`` on tilted
+samples of the base: no trainer's bias or noise stands between it and the KL weight (those of the trainers of
+``sdeblend.finetune`` are measured on mixtures).
 At times t above ``RESOLVED`` the target is the average over the candidates that a state may have come from; below it
 candidates are told apart, so that the tilt and its base agree to 1e-4 of the variance of v, and the target is the
 base's own prediction, without noise. Most steps are taken where the noise is large, for there a tilt differs from its
@@ -28,7 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ from sdeblend.io import write_atomically
 from stablediffusion.bundled import MEMBERS
 from stablediffusion.small import load_small
 from stablediffusion.small.loop import Budget, Loop, Rate
-from stablediffusion.small.pool import SCORED, Pool, averaged, make_pool, tilt_kl
+from stablediffusion.small.pool import OWN, SCORED, Pool, averaged, make_pool, tilt_kl
 from stablediffusion.tunable import Layers, PipelineTunable
 
 KL_WEIGHT = 0.125
 RANK = 6
 LAYERS: tuple[Layers, ...] = ("attention", "feed-forward", "convolutions")
-SHARDS, STEPS, BATCH = 40, 700, 32
+SHARDS, OWN_SHARDS, STEPS, BATCH = 40, 20, 700, 32
 RATE = Rate({"lora": 3e-3}, warm_up=50, decay=0.5, average=0.995)
 RESOLVED = 0.3
 # Of the steps, how many are below RESOLVED, and how many above t = 1/2.
@@ -60,10 +61,12 @@ class Recipe:
     Attributes:
         weights: of the standardised rewards.
         kl_weight: in standard deviations; infinity for no tilt.
+        own: whether it is tuned on the base's own samples, not on drawings.
     """
 
     weights: Mapping[str, float]
     kl_weight: float = KL_WEIGHT
+    own: bool = False
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -73,7 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
     "compress-half": Recipe({"compress": 1.0}, 2 * KL_WEIGHT),
     "morl-25": Recipe({"compress": 0.75, "vivid": 0.25}),
     "morl-75": Recipe({"compress": 0.25, "vivid": 0.75}),
-    "align": Recipe({"align": 1.0}),
+    "align": Recipe({"align": 1.0}, own=True),
     "control": Recipe({"compress": 0.0}, float("inf")),
 }
 
@@ -88,7 +91,7 @@ def recipe_of(name: str) -> Recipe:
     """
     known, at, alpha = name.partition("@")
     try:
-        return Recipe(RECIPES[known].weights, float(alpha)) if at else RECIPES[name]
+        return replace(RECIPES[known], kl_weight=float(alpha)) if at else RECIPES[name]
     except (KeyError, ValueError):
         raise ValueError(f"a member must be one of {', '.join(RECIPES)}, or one of them @ALPHA, got {name!r}") from None
 
@@ -136,7 +139,7 @@ def tune(name: str, pool: Pool, work: Path, file: Path, *, steps: int = STEPS, s
     return {
         "kl_of_target": round(tilt_kl(log_weights), 3),
         "gain_of_target": round(float(gained.mean()), 3),
-        "spread_of_caption": round(float(total.std(1).mean()), 3),
+        "within_of_captions": round(float(total.var(1).mean().sqrt()), 3),
         "steps": loop.step,
         "seconds": round(loop.seconds),
     }
@@ -191,8 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     pool = make_pool(load_small(), arguments.work / "drawings", range(SHARDS))
     for name in arguments.only if not arguments.measure else ():
-        folder = MEMBERS if name in SHIPPED else arguments.work
-        facts = tune(name, pool, arguments.work / "states", folder / f"{name}.safetensors")
+        folder, chosen = MEMBERS if name in SHIPPED else arguments.work, pool
+        if recipe_of(name).own:
+            chosen = make_pool(load_small(), arguments.work / "samples", range(OWN_SHARDS), count=OWN, own=True)
+        facts = tune(name, chosen, arguments.work / "states", folder / f"{name}.safetensors")
         write_atomically(arguments.work / f"{name}.json", json.dumps(facts) + "\n")
         print(name, facts)
     # late: it reads this module's recipes

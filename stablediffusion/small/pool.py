@@ -1,4 +1,4 @@
-"""Drawings of many captions, as latents with their rewards: what every member of the bundled model is tuned on.
+"""Candidates of many captions, as latents with their rewards: what every member of the bundled model is tuned on.
 
 The base was trained on drawings, and drawings cost nothing. Given a caption c with candidates z_1 .. z_J, drawn
 independently from what c leaves open, the tilt p(z | c) exp(r(z) / kl_weight) / Z(c) is sampled by taking z_j with
@@ -10,6 +10,9 @@ it was: given x and the candidates, z was z_j with probability
 So sum_j pi_j z_j has the same mean given x as z itself, by the tower rule, and less variance: much less where the noise
 leaves many candidates possible, which is where a tilt differs from its base. It is what a member is regressed on.
 
+Candidates are drawings, or the base's own samples (DDIM with eta 1, no guidance) for a reward that drawings leave
+nothing to gain in, as ``align``: a drawing shows what its caption says, a sample not always.
+
 Rewards are those of what is seen, the decoded latent. Every reward is divided by its standard deviation over the pool,
 so that a kl_weight is in standard deviations and means the same for all.
 
@@ -19,7 +22,7 @@ Source: Andrieu et al. 2003 (importance resampling); Xu et al. 2302.00670 (targe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from stablediffusion.small.scenes import Scene, caption, complete, held_out, men
 
 SCORED = ("compress", "vivid", "align")
 CANDIDATES, SHARD = 256, 50
+OWN, OWN_STEPS = 16, 25
 # As often as in the base's training: guidance needs the tilt without a caption too.
 EMPTY = 0.1
 
@@ -78,7 +82,15 @@ def candidates(mentioned: Scene, count: int, generator: torch.Generator) -> list
     return scenes[:count]
 
 
-def make_pool(pipe: Any, folder: Path, shards: Sequence[int], *, count: int = CANDIDATES, each: int = SHARD) -> Pool:
+def make_pool(
+    pipe: Any,
+    folder: Path,
+    shards: Sequence[int],
+    *,
+    count: int = CANDIDATES,
+    each: int = SHARD,
+    own: bool = False,
+) -> Pool:
     """Draw shards of the pool that are not in ``folder`` yet, and return them all.
 
     Each shard depends on its number alone, so that several processes can share the work.
@@ -89,26 +101,28 @@ def make_pool(pipe: Any, folder: Path, shards: Sequence[int], *, count: int = CA
         shards: numbers of the shards.
         count: J, candidates a caption.
         each: captions a shard.
+        own: candidates are the base's own samples, not drawings.
     """
-    for shard in tqdm(shards, desc="drawings", unit="shard", disable=None):
+    for shard in tqdm(shards, desc="samples" if own else "drawings", unit="shard", disable=None):
         path = folder / f"shard-{shard:03d}.safetensors"
         if not path.exists():
-            write_atomically(path, _written(_shard(pipe, shard, count, each)))
+            write_atomically(path, _written(_shard(pipe, shard, count, each, own)))
     parts = [_read(folder / f"shard-{shard:03d}.safetensors") for shard in shards]
     rewards = {name: torch.cat([part.rewards[name] for part in parts]) for name in SCORED}
     return Pool([c for part in parts for c in part.captions], torch.cat([part.latents for part in parts]), rewards)
 
 
-def _shard(pipe: Any, shard: int, count: int, each: int) -> Pool:
+def _shard(pipe: Any, shard: int, count: int, each: int, own: bool) -> Pool:
     generator = torch.Generator().manual_seed(1000 + shard)
     scenes = mention(sample_scenes(each, generator), generator)
     empty = (torch.rand(each, generator=generator) < EMPTY).tolist()
     mentioned = [Scene(()) if drop else scene for scene, drop in zip(scenes, empty, strict=True)]
     captions = ["" if drop else caption(scene) for scene, drop in zip(scenes, empty, strict=True)]
+    if own:
+        return _scored(captions, (_samples(pipe, text, count, generator) for text in captions), pipe)
     return draw_pool(pipe, mentioned, captions, count=count, generator=generator)
 
 
-@torch.no_grad()
 def draw_pool(
     pipe: Any,
     mentioned: Sequence[Scene],
@@ -128,14 +142,33 @@ def draw_pool(
         seed: of the draws, unless a generator is given.
         generator: of the draws.
     """
-    generator = generator or torch.Generator().manual_seed(seed)
-    latents, rewards, scale = [], [], pipe.vae.config.scaling_factor
-    for scene, text in zip(mentioned, captions, strict=True):
-        drawn = draw(candidates(scene, count, generator), generator)
-        latents.append((pipe.vae.encode(drawn).latent_dist.sample(generator=generator) * scale).half())
-        seen = (pipe.vae.decode(latents[-1].float() / scale).sample / 2 + 0.5).clamp(0, 1)
-        rewards.append(torch.stack([REWARDS[name](seen, Prompts((text,) * count)) for name in SCORED]))
-    return Pool(list(captions), torch.stack(latents), dict(zip(SCORED, torch.stack(rewards, 1), strict=True)))
+    source = generator or torch.Generator().manual_seed(seed)
+
+    def latents(scene: Scene) -> Tensor:
+        drawn = draw(candidates(scene, count, source), source)
+        encoded: Tensor = pipe.vae.encode(drawn).latent_dist.sample(generator=source)
+        return encoded * pipe.vae.config.scaling_factor
+
+    return _scored(captions, map(latents, mentioned), pipe)
+
+
+def _samples(pipe: Any, text: str, count: int, generator: torch.Generator) -> Tensor:
+    out = pipe(
+        text, num_images_per_prompt=count, num_inference_steps=OWN_STEPS, eta=1.0, guidance_scale=1.0,
+        generator=generator, output_type="latent",
+    )  # fmt: skip
+    return out.images
+
+
+@torch.no_grad()
+def _scored(captions: Sequence[str], latents: Iterable[Tensor], pipe: Any) -> Pool:
+    """Return the pool of captions and the latents of their candidates, an iterable of (J, *event)."""
+    kept, rewards, scale = [], [], pipe.vae.config.scaling_factor
+    for text, found in zip(captions, latents, strict=True):
+        kept.append(found.half())
+        seen = (pipe.vae.decode(kept[-1].float() / scale).sample / 2 + 0.5).clamp(0, 1)
+        rewards.append(torch.stack([REWARDS[name](seen, Prompts((text,) * len(seen))) for name in SCORED]))
+    return Pool(list(captions), torch.stack(kept), dict(zip(SCORED, torch.stack(rewards, 1), strict=True)))
 
 
 def _written(pool: Pool) -> bytes:
