@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 from sdeblend import VPLinear
 from sdeblend.finetune.adjoint import AdjointMatching, AdjointSettings
-from sdeblend.finetune.process import draw_paths, follow
+from sdeblend.finetune.backprop import BackpropSettings, RewardBackprop
+from sdeblend.finetune.process import draw_states, follow
 from sdeblend.finetune.reward import WeightedReward
+from tests.finetune_models import Line, quadratic
 from tests.strategies import close, generator, refuses
 from toy.finetune import MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
@@ -23,24 +28,52 @@ def trainer(kl_weight: float = 0.5, **settings: object) -> AdjointMatching:
     return AdjointMatching(model, reward, AdjointSettings(**(kept | settings)))
 
 
+class Nudged(MixtureTunable):
+    """A base whose score is moved by a number of its own at each step."""
+
+    def __init__(self, model: MixtureTunable, times: Tensor) -> None:
+        super().__init__(model.mixture, model.schedule, width=32)
+        self.times = times
+        self.nudge = torch.zeros(len(times), dtype=torch.float64, requires_grad=True)
+
+    def tuned(self, x: Tensor, t: Tensor, condition: object = None) -> Tensor:
+        k = int((self.times == t[0]).nonzero())
+        return self.base(x, t) - self.schedule.sigma(t[0]) * self.nudge[k]
+
+
 def test_lean_adjoint_is_the_gradient_through_the_base() -> None:
     tuned = trainer()
-    tuned.model.residual.double()
     noise = torch.randn((9, 6, 1), generator=generator(0), dtype=torch.float64)
+    tuned.model.residual.double()
     with torch.no_grad():
-        paths = draw_paths(tuned.model, tuned.moves, noise, None)
-    _, adjoints = tuned.carry_back(paths.states, None)
-    # With no control yet, x_{k+1} moves with the noise of step k: d loss / d z_k = G_k a_{k+1}.
-    noise.requires_grad_()
-    run = follow(tuned.model, tuned.moves, noise, None)
-    (-tuned.reward(run.samples, None) / 0.5).sum().backward()
-    g = torch.tensor([move.g for move in tuned.moves[:-1]], dtype=torch.float64)
-    close(g[:, None, None] * adjoints, noise.grad[1:], 1e-8)
+        states = draw_states(tuned.model, tuned.moves, noise, None)
+    _, pulls, rewards = tuned.carry_back(states, None)
+    # With no control yet, the pull of a step is the gradient in its score.
+    nudged = Nudged(tuned.model, tuned.chain.grid[:-1])
+    run = follow(nudged, tuned.moves, noise, None)
+    reward = tuned.reward(run.samples, None)
+    close(reward.detach(), rewards, 1e-10)
+    (gradient,) = torch.autograd.grad((-reward / 0.5).sum(), nudged.nudge)
+    close(pulls.sum((1, 2)), gradient, 1e-8)
     # Without the step's memory of the posterior mean before, it is another one.
     for move in tuned.moves:
         object.__setattr__(move, "c", 0.0)
-    forgetful = tuned.carry_back(paths.states, None)[1]
-    assert float((forgetful - adjoints).abs().max()) > 0.01 * float(adjoints.abs().max())
+    forgetful = tuned.carry_back(states, None)[1].sum((1, 2))
+    assert float((forgetful - gradient).abs().max()) > 0.01 * float(gradient.abs().max())
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7, pytest.param(None, marks=pytest.mark.xfail(strict=True))])
+def test_where_the_control_is_even_its_gradient_is_that_of_back_propagation(shift: float | None) -> None:
+    # What the lean adjoint leaves out has the control's Jacobian as a factor. Its loss is a mean over the steps.
+    found = []
+    for kind, settings in ((AdjointMatching, AdjointSettings), (RewardBackprop, BackpropSettings)):
+        model = Line(0.3)
+        with torch.no_grad():
+            model.shift.fill_(0.7 if shift is None else shift), model.slope.fill_(0.5 if shift is None else 0.0)
+        tuned = kind(model, quadratic(1.0, 0.5), settings(kl_weight=0.5, steps=20, group_size=64, clip_norm=math.inf))
+        tuned.iterate()
+        found.append(torch.cat([model.shift.grad, model.slope.grad]))
+    close(20 * found[0], found[1], 1e-4)
 
 
 def test_pieces_do_not_change_the_adjoint() -> None:

@@ -41,13 +41,16 @@ class AdjointSettings(Settings):
     """What adjoint matching needs besides.
 
     Attributes:
-        share: fraction of each path's steps that are regressed on, spread evenly along it; at least one is.
+        share: fraction of each path's steps that are regressed on, spread evenly along it; at least one is. Most of
+            the noise is the paths', so that many of them at a small share learn more than a few at 1.
+        ema_decay: as every trainer's; the strength of the last parameters wanders by a tenth.
 
     Raises:
         ValueError: for a share outside (0, 1].
     """
 
     share: float = 1.0
+    ema_decay: float = 0.98
 
     def __post_init__(self) -> None:
         super().__post_init__()

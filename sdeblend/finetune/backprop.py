@@ -35,6 +35,7 @@ class BackpropSettings(Settings):
         last: K, steps through which the reward is differentiated; 0 for all, which alone is exact.
         random: draw K from 1 to ``last`` (or all) each iteration.
         recompute: evaluate networks twice and keep no activations: memory of one step in place of K.
+        ema_decay: as every trainer's; the strength of the last parameters wanders by a tenth.
 
     Raises:
         ValueError: for ``last`` outside 0 to the number of steps.
@@ -43,6 +44,7 @@ class BackpropSettings(Settings):
     last: int = 0
     random: bool = False
     recompute: bool = False
+    ema_decay: float = 0.98
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ dD = q dS the difference of the means at the same path is M = B dS + C dD_old, s
 
 is exact: E[p_base / p] = 1. Its mean is no measure of a control, though: dS_k and dD_old differ by the noise of the
 step between, which M_k carries, and E|M_k|^2 is too large by a share of the first order in the step, the larger the
-steeper the control. On two modes the tilt at KL weight 1/2 costs .41 nats, and .51 by this sum over 50 steps; a trainer
+steeper the control. On two modes the tilt at KL weight 1/2 costs .41 nats, and .52 by this sum over 50 steps; a trainer
 that charges it flattens the control where it is steep. What is charged is the KL of the processes themselves,
 
     KL = 1/2 E int |eps - eps_base|^2 dl = E sum_k v_k |dS_k|^2 / 2,        v_k = sigma_k^2 (l_{k+1} - l_{k-1}) / 2,
