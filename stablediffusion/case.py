@@ -124,12 +124,11 @@ class PipelineCase(Case):
         return _ImageScore(self, reward, self._scale(name)) if reward.differentiable else None
 
     def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
-        if goal != "target" or self._target is None or self.kl_weight is None:
+        found_law = self._law(wanted)
+        if goal != "target" or found_law is None:
             return {}
+        exact, law = found_law
         shares = {name: wanted.strength * w for name, w in wanted.weights.items()}
-        exact = torch.stack([w / self._scale(name) * self._target[name] for name, w in shares.items()]).sum(0).numpy()
-        law = np.exp(exact / self.kl_weight - (exact / self.kl_weight).max())
-        law /= law.sum()
         chosen = {name: self.backend.rewards[name] for name in self.names}
         values, _ = score_each(chosen, self._images(drawn.samples), Prompts((self.prompt,) * len(drawn.samples)))
         parts = [w / self._scale(name) * values[name].double() for name, w in shares.items()]
@@ -141,6 +140,20 @@ class PipelineCase(Case):
         floors = [wasserstein_distance(rng.choice(exact, count, p=law), exact, None, law) for _ in range(FLOORS)]
         distance = wasserstein_distance(found, exact, weights, law)
         return {"W1 of r(w)": Distance(float(distance), float(np.mean(floors)), float(np.std(floors, ddof=1)))}
+
+    def expected(self, wanted: Wanted) -> dict[str, float]:
+        found = self._law(wanted)
+        if found is None or self._target is None:
+            return {}
+        return {name: float(found[1] @ r.numpy()) / self._scale(name) for name, r in self._target.items()}
+
+    def _law(self, wanted: Wanted) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return lambda r(w) of drawings, (J,), and their probabilities under the exact target, if it is known."""
+        if self._target is None or self.kl_weight is None:
+            return None
+        parts = [wanted.strength * w / self._scale(name) * self._target[name] for name, w in wanted.weights.items()]
+        exact = torch.stack(parts).sum(0)
+        return exact.numpy(), (exact / self.kl_weight).softmax(0).numpy()
 
     @cached_property
     def _target(self) -> dict[str, Tensor] | None:

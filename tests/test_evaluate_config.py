@@ -59,6 +59,7 @@ def test_defaults_are_filled_in(tmp_path):
         ('["ring8"]', '["ring8"]\nsteps = 1', ["steps must be at least 2"]),
         ("[methods.code]", '[report]\nreference = "base"\n[methods.code]', ["reference must be one of mpa, code"]),
         ("[methods.code]", "[report]\nconfidence = 0.2\n[methods.code]", ["confidence in [0.5, 1)"]),
+        ("[methods.code]", '[report]\nhypervolume_over = "base"\n[methods.code]', ["hypervolume_over must be one of"]),
         ("[methods.code]", '[report]\norder = ["base"]\n[methods.code]', ["order must name two or more of mpa, code"]),
         ("[methods.code]", '[[published]]\nlabel = "RL"\n[methods.code]', ["[[published]] 1 reward is missing"]),
     ],

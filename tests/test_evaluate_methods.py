@@ -194,6 +194,15 @@ def test_the_reward_of_das_is_split_and_its_target_kept():
         torch.testing.assert_close(values["x"] + values["y"], values["r"])
 
 
+def test_the_exact_targets_means_are_those_of_its_samples():
+    case = watched()
+    found, drawn = case.expected(UNEQUAL), case.target(UNEQUAL).sample(40_000, generator=generator(3))
+    for name, values in case.rewards(drawn).items():
+        assert abs(found[name] - float(values.mean())) < 5 * float(values.std()) / 200
+    wrong = case.expected(Wanted({"right": 0.3, "up": 0.7}))
+    assert abs(wrong["up"] - found["up"]) > 0.1
+
+
 def test_moved_is_the_distance_to_the_base_on_the_same_noise():
     case, draws = watched(), Draws(0, "", range(BATCH))
     base, blend = sampled("base", case), sampled("mpa", case)

@@ -196,6 +196,7 @@ def test_tables_come_back_from_rows_alone(whole, tmp_path, monkeypatch, capsys):
     assert compare([str(out), "--out", str(tmp_path / "again")]) == 0
     assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
     text = before["tables.md"].decode()
+    assert "(exact target)" in text and json.loads(before["summary.json"])["fronts"][0]["target"]
     assert "n = 60 samples a method in 2 block(s)" in text and "probabilities" in text and "model calls" in text
     assert capsys.readouterr().out.count("tables.md") == 2
 

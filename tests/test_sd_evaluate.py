@@ -332,5 +332,8 @@ def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case
     assert found.value == pytest.approx(float((own - quantiles).abs().mean()), rel=2e-2, abs=2e-3)
     assert 0 < found.floor < found.value and found.floor_sd > 0
     assert case.measure(Drawn(drawn.samples, 1.0), wanted, "union") == {}
+    expected = case.expected(wanted)
+    assert expected["compress"] == pytest.approx(float((law * exact).sum()), rel=1e-6)
+    assert expected["compress"] > float(exact.mean()) and set(expected) == {"compress", "vivid"}
     none = build(candidates=0)
     assert none.case(none.variants[0].name, none.prompts[0]).measure(drawn, wanted, "target") == {}

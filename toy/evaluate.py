@@ -195,6 +195,10 @@ class MixtureCase(Case):
         floors = found.floors(drawn.effective)
         return {name: Distance(v, *floors[name]) for name, v in found.distances(x, log_w).items()}
 
+    def expected(self, wanted: Wanted) -> dict[str, float]:
+        target = self.target(wanted)
+        return {name: target.mean_reward(r) for name, r in {**self.problem.rewards, **self.reported}.items()}
+
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
         if samples.shape[1] > 2:
             return {}

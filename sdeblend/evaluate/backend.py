@@ -172,6 +172,10 @@ class Case(ABC):
         """
         return {}
 
+    def expected(self, wanted: Wanted) -> Mapping[str, float]:
+        """Return the mean of rewards under the exact target, by name; none where it is not known."""
+        return {}
+
     def describe(self, drawn: Drawn, draws: Draws) -> Mapping[str, float]:
         """Return further numbers on the samples of one cell, by name; means of them over cells are reported.
 

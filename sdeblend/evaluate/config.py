@@ -15,6 +15,7 @@
     candidates = 20
     [report]
     reference = "mpa"           # what the others are compared with
+    hypervolume_over = "exact"              # whose hypervolume the others' is divided by; the reference's if left out
     order = ["base", "soup", "mpa"]         # a claim, from the lowest r(w) to the highest: checked pair by pair
     [[published]]               # printed numbers to stand beside: label, group, reward, value, source
 
@@ -65,6 +66,7 @@ _REPORT: Spec = {
     "resamples": (int, 1000),
     "confidence": (float, 0.95),
     "hypervolume_reference": (list[float], []),
+    "hypervolume_over": (str, ""),
     "order": (list[str], []),
 }
 _PUBLISHED: Spec = {
@@ -246,6 +248,10 @@ def load_plan(path: Path) -> Plan:
     if report["reference"] not in methods:
         raise ValueError(
             f"{path}: [report] reference must be one of {', '.join(methods)}, got {report['reference']!r}"
+        )
+    if report["hypervolume_over"] not in ("", *methods):
+        raise ValueError(
+            f"{path}: [report] hypervolume_over must be one of {', '.join(methods)}, got {report['hypervolume_over']!r}"
         )
     strange = [name for name in report["order"] if name not in methods]
     if strange or len(set(report["order"])) < len(report["order"]) or len(report["order"]) == 1:

@@ -116,6 +116,10 @@ def _pareto(fronts: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[st
             points = np.array(method["points"])
             points = points[np.argsort(points[:, 0])]
             axes.plot(points[:, 0], points[:, 1], label=label(name), markersize=5, linewidth=1.2, **styles[name])
+        if front["target"]:
+            exact = np.array(front["target"])
+            axes.plot(*exact.T, color="black", linestyle=":", linewidth=2.5, marker="o", mfc="white", ms=6, zorder=5,
+                      label="exact target")  # fmt: skip
         first, second = front["rewards"]
         axes.set(xlabel=f"mean {first}", ylabel=f"mean {second}")
         axes.set_title(f"{front['group']}, strength {front['strength']:g}", fontsize=9)

@@ -97,5 +97,5 @@ def _picture(rows: Sequence[tuple[Path, Row]], prompts: Sequence[str], opened: d
 
 def _bytes(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=100, facecolor="white", metadata={"Software": None})
     return stream.getvalue()

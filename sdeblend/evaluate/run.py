@@ -157,6 +157,7 @@ def compute(
         "seconds": seconds,
         "facts": {name: number(value) for name, value in drawn.facts.items()},
         "measures": {name: number(value) for name, value in measures.items()},
+        "target": {name: number(value) for name, value in case.expected(wanted).items()},
         "distances": {
             name: [None if v is None else number(v) for v in (d.value, d.floor, d.floor_sd)]
             for name, d in distances.items()

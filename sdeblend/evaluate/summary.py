@@ -170,9 +170,15 @@ class _Group:
         claimed = [name for name in self.order if name in self.cells]
         return {
             "n": self.count, "blocks": self.blocks, "incomplete": self.incomplete, "methods": methods,
-            "absent": self.absent,
+            "absent": self.absent, "target": self.target(),
             "order": [{"low": a, "high": b, "difference": self.difference(b, a)} for a, b in pairwise(claimed)],
         }  # fmt: skip
+
+    def target(self) -> dict[str, float]:
+        """Return the mean of each reward under the exact target, over variants and prompts alike; empty if unknown."""
+        each = {(h["variant"], h["prompt"]): h.get("target", {}) for own in self.cells.values() for h, _ in own}
+        means = {name: _average([found.get(name) for found in each.values()]) for name in next(iter(each.values()), {})}
+        return {name: value for name, value in means.items() if value is not None}
 
     def difference(self, name: str, other: str) -> dict[str, Any]:
         """Return by how much a method's mean r(w) exceeds another's, paired."""
@@ -260,7 +266,9 @@ def _fronts(groups: Mapping[tuple[str, Any, float], _Group], report: Mapping[str
             everything = np.concatenate(list(points.values()))
             reference = (everything.min(0) - 0.05 * np.ptp(everything, axis=0)).tolist()
         resampled = own[0][1].resampled
-        volumes = hypervolumes(points, drawn, reference, resampled, report["reference"])
+        over = report.get("hypervolume_over") or report["reference"]
+        volumes = hypervolumes(points, drawn, reference, resampled, over)
+        exact = [[group.target().get(reward) for reward in rewards] for _, group in own]
         out.append(
             {
                 "group": name,
@@ -268,6 +276,8 @@ def _fronts(groups: Mapping[tuple[str, Any, float], _Group], report: Mapping[str
                 "rewards": rewards,
                 "preferences": [list(w.values()) for w, _ in own],
                 "reference_point": list(reference),
+                "ratio_over": over,
+                "target": [] if any(None in point for point in exact) else exact,
                 "n": own[0][1].count,
                 "methods": {
                     m: {

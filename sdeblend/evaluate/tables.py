@@ -56,7 +56,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         for name in names:
             out += _overviews(groups, preferences, f"{name} to the exact target", _distance(name), name)
         out += _overviews(groups, preferences, f"difference of r(w) from {label(summary['reference'])}", _gain)
-    out += [_front(front, summary) for front in summary["fronts"]]
+    out += [_front(front) for front in summary["fronts"]]
     out += _claimed(groups)
     out += [_group(group, summary) for group in groups]
     out.append(_methods(groups))
@@ -169,6 +169,11 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     header = ("method", *rewards, "r(w)", "difference", "win rate", *distances, *measures, "certificate, nats", "ESS",
               "n eff.", "model calls", "gradients", "reward calls", "seconds")  # fmt: skip
     rows = []
+    if group["target"]:
+        sum_of = [group["target"].get(name) for name, w in group["preference"].items() if w]
+        total = None if None in sum_of else sum(w * group["target"][k] for k, w in group["preference"].items() if w)
+        exact = [_short(group["target"].get(reward)) for reward in rewards]
+        rows.append(("(exact target)", *exact, _short(total), *[_ABSENT] * (len(header) - 2 - len(rewards))))
     for name, m in methods.items():
         rate, facts = m.get("win_rate"), (m["certificate"], m["ess"])
         rows.append(
@@ -202,20 +207,23 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
     return Table(caption + ("; not finished" if group["incomplete"] else ""), header, tuple(rows))
 
 
-def _front(front: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
+def _front(front: Mapping[str, Any]) -> Table:
     points = [_numbers(tuple(p)) for p in front["preferences"]]
     caption = (
         f"{front['group']}, strength {front['strength']:g}: mean ({', '.join(front['rewards'])}) at each preference "
         f"and hypervolume above ({', '.join(_short(v) for v in front['reference_point'])}), ratio to "
-        f"{label(summary['reference'])}; n = {front['n']} samples a method and preference"
+        f"{label(front['ratio_over'])}; n = {front['n']} samples a method and preference"
     )
     rows = []
     for name, m in front["methods"].items():
         ratio = m["ratio"]
-        mark = "" if ratio is None or _excludes(ratio, 1) or name == summary["reference"] else "~"
+        mark = "" if ratio is None or _excludes(ratio, 1) or name == front["ratio_over"] else "~"
         shown = _ABSENT if ratio is None else _bracketed(ratio) + mark
         where = [", ".join(_short(v) for v in point) for point in m["points"]]
         rows.append((_name(name), _bracketed(m["hypervolume"]), shown, *where))
+    if front["target"]:
+        exact = [", ".join(_short(v) for v in point) for point in front["target"]]
+        rows.insert(0, ("(exact target)", _ABSENT, _ABSENT, *exact))
     return Table(caption, ("method", "hypervolume", "ratio", *points), tuple(rows))
 
 
