@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=4, help="images a point, from seed, seed + 1, ...")
     add("--steps", type=int, default=50)
     add("--eta", type=float, default=1.0, help="noise of DDIM; a certificate needs more than 0")
-    add("--guidance", type=float, help="guidance scale; 1 is none; by default 7.5, or 3 for the bundled model")
+    add("--guidance", type=float, help="guidance scale; 1 is none; by default 7.5, or the bundled model's 1.5")
     add("--scheduler", choices=SCHEDULERS, default="ddim", help="flow models (SD 3, Flux) keep their own")
     add("--seed", type=int, default=0)
     add("--sweep", metavar="NAME=FROM:TO:COUNT", help="one row of images for each weight of a member")
