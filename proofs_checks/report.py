@@ -189,6 +189,10 @@ def _article(name: str, module: ModuleType, outcome: Outcome) -> str:
     if outcome.findings:
         items = "".join(f"<li>{_finding(finding)}</li>" for finding in outcome.findings)
         parts.append(f"<h3>Findings</h3><ul>{items}</ul>")
+    if record := module.recorded() if hasattr(module, "recorded") else None:
+        words, headings, rows = record
+        cells = [[html.escape(cell) for cell in row] for row in rows]
+        parts.append(f"<h3>On record</h3><p>{html.escape(words)}</p>{_table(list(map(html.escape, headings)), cells)}")
     return "\n".join([*parts, "</article>"])
 
 
