@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from stablediffusion.bundled import MODEL, SMALL
 from stablediffusion.small import load_small
-from stablediffusion.small.evaluate import accuracies, held_out_captions, sheet, table
+from stablediffusion.small.evaluate import accuracies, held_out_captions, main, sheet, table
 from stablediffusion.small.pipeline import generate
 from stablediffusion.small.scenes import caption
 from tests.strategies import generator
@@ -78,6 +78,19 @@ def test_the_model_card_states_the_measured_numbers():
     card, measured = (SMALL / "MODEL_CARD.md").read_text(), json.loads((SMALL / "evaluation.json").read_text())
     for part in ("one object", "two objects"):
         assert table(measured[part]) in card, "paste what the evaluation prints"
+
+
+def test_the_records_are_json_for_strict_readers(tmp_path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    main(["--images", "8", "--steps", "1", "--out", str(tmp_path)])
+    written = tmp_path / "evaluation.json"
+    for path in (written, SMALL / "evaluation.json", SMALL / "training.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+    part = json.loads(written.read_text())["one object"]
+    assert part["generated"]["second shape"] == {"accuracy": None, "error": None, "n": 0}
+    assert "second" not in table(part) and "| shape (n = " in table(part)
 
 
 def test_a_sheet_shows_the_images_row_by_row():

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -31,7 +32,8 @@ from stablediffusion.small.pipeline import generate
 from stablediffusion.small.scenes import Scene, caption, mention, sample_scenes
 from stablediffusion.small.scorer import Scorer, load_scorer
 
-Accuracies = dict[str, dict[str, float]]
+# of numbers, and of None where there is none
+Accuracies = dict[str, dict[str, Any]]
 
 
 def held_out_captions(n: int, seed: int) -> tuple[list[Scene], list[Scene]]:
@@ -58,7 +60,7 @@ def accuracies(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = N
         scorer: in place of the bundled one.
 
     Returns:
-        by factor and for "all": "accuracy", "error" (standard error), "n".
+        by factor and for "all": "accuracy", "error" (standard error), both None if no caption mentions it, and "n".
     """
     right, said = _read(images, mentioned, scorer)
     out = {name: _share(right[said[:, i], i]) for i, name in enumerate(FACTORS)}
@@ -79,10 +81,13 @@ def _read(images: Tensor, mentioned: list[Scene], scorer: Scorer | None) -> tupl
     return torch.stack([log.argmax(1) for log in logs], 1) == classes, classes != ABSENT
 
 
-def _share(right: Tensor) -> dict[str, float]:
+def _share(right: Tensor) -> dict[str, Any]:
     n = len(right)
-    p = float(right.float().mean()) if n else math.nan
-    return {"accuracy": round(p, 4), "error": round(math.sqrt(p * (1 - p) / max(n, 1)), 4), "n": n}
+    if not n:
+        # not NaN, which is no JSON
+        return {"accuracy": None, "error": None, "n": 0}
+    p = float(right.float().mean())
+    return {"accuracy": round(p, 4), "error": round(math.sqrt(p * (1 - p) / n), 4), "n": n}
 
 
 def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps: int = 50) -> tuple[dict, Tensor]:
@@ -139,7 +144,7 @@ def sheet(images: Tensor, columns: int = 16, zoom: int = 2) -> Image.Image:
 
 
 def table(part: dict[str, Accuracies]) -> str:
-    """Return the accuracies as a Markdown table."""
+    """Return the accuracies as a Markdown table, without the factors that no caption mentions."""
     lines = ["| factor | " + " | ".join(part) + " |", "|---" * (1 + len(part)) + "|"]
     for factor in next(iter(part.values())):
         cells = [part[k][factor] for k in part]
@@ -160,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe = StableDiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     result, images = evaluate(pipe, arguments.images, steps=arguments.steps)
-    write_atomically(arguments.out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    write_atomically(arguments.out / "evaluation.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     sheet(images[:128]).save(arguments.out / "sheet.png")
     for name in ("one object", "two objects"):
         print(f"{name}\n{table(result[name])}\n")

@@ -2,8 +2,8 @@
 
 With progress p in 0..1, by steps or by time, the learning rate is its peak times
 min(1, step / warm-up) * min(1, (1 - p) / decay). The state (weights, averages, moments, random generator) goes to
-one safetensors file, written whole or not at all; a run cut off and resumed by steps equals one never cut off, bit for
-bit.
+one safetensors file, written whole or not at all, and is read onto the networks' device, whatever device wrote it; on a
+CPU a run cut off and resumed by steps equals one never cut off, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,10 +28,22 @@ Loss = Callable[[torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Budget:
-    """When a stage ends: after some steps, or after some seconds of training (the other None)."""
+    """When a stage ends: after some steps, or after some seconds of training (the other None).
+
+    Raises:
+        ValueError: unless one of the two is given, and positive.
+    """
 
     steps: int | None = None
     seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [number for number in (self.steps, self.seconds) if number is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise ValueError(
+                "a stage must last a positive number of steps, or of seconds, "
+                f"got {self.steps} steps and {self.seconds} seconds; give one of the two"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,9 +65,10 @@ class Rate:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights from ``seed``; networks take them from the global generator, restored after."""
+    """Draw initial weights from ``seed``; networks on the CPU take them from its global generator, restored after."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would also seed the GPUs' generators, which are not restored
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -64,9 +77,9 @@ class Loop:
 
     Args:
         state: file of the stage's state; read if it exists.
-        networks: by name; their weights change in place.
+        networks: by name, on the device they are to be trained on; their weights change in place.
         rate: learning rates and averaging.
-        seed: of the generator handed to the loss.
+        seed: of the generator handed to the loss, a CPU's on every device.
         save_every: seconds between saves.
         check_every: seconds between checks.
     """
@@ -153,7 +166,7 @@ class Loop:
             tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state[p].items()}
         tensors["generator"] = self.generator.get_state()
         facts = {"step": self.step, "seconds": self.seconds, "finished": self.finished, "log": self.log}
-        contiguous = {k: v.contiguous().clone() for k, v in tensors.items()}
+        contiguous = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
         write_atomically(self.state, save(contiguous, metadata={"facts": json.dumps(facts)}))
 
     def _progress(self, budget: Budget) -> float:
@@ -181,10 +194,10 @@ class Loop:
             with torch.no_grad():
                 for name, p in self.parameters.items():
                     p.copy_(file.get_tensor(f"weights.{name}"))
-                    self.averages[name] = file.get_tensor(f"averages.{name}")
+                    self.averages[name] = file.get_tensor(f"averages.{name}").to(p.device)
                     prefix = f"optimizer.{name}."
                     self.optimizer.state[p] = {
-                        k.removeprefix(prefix): file.get_tensor(k)
+                        k.removeprefix(prefix): file.get_tensor(k).to(p.device)
                         for k in keys if k.startswith(prefix) and "." not in k.removeprefix(prefix)
                     }  # fmt: skip
             self.generator.set_state(file.get_tensor("generator"))

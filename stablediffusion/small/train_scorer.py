@@ -23,8 +23,9 @@ NOISE, BLUR = 0.15, 0.8
 def scorer_loss(scorer: Scorer, generator: torch.Generator, batch: int = BATCH) -> Tensor:
     """Return the cross-entropy on freshly drawn scenes, held-out combinations among them."""
     scenes = complete_scenes(batch, generator)
-    images = blemish(draw(scenes, generator), generator)
-    classes = indices(scenes)
+    device = scorer.heads.weight.device
+    images = blemish(draw(scenes, generator), generator).to(device)
+    classes = indices(scenes).to(device)
     losses = [nn.functional.nll_loss(log, classes[:, i], ignore_index=ABSENT, reduction="sum")
               for i, log in enumerate(scorer(images))]  # fmt: skip
     return torch.stack(losses).sum() / (classes != ABSENT).sum()
@@ -43,19 +44,22 @@ def blemish(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.lerp(images, soft, BLUR * blur) + noisy
 
 
-def train_scorer(folder: Path, budget: Budget, batch: int = BATCH) -> tuple[Scorer, list[dict[str, float]]]:
+def train_scorer(
+    folder: Path, budget: Budget, batch: int = BATCH, device: torch.device | str = "cpu"
+) -> tuple[Scorer, list[dict[str, float]]]:
     """Train, or go on training, the scorer.
 
     Args:
         folder: of the run; the state is kept in ``scorer.safetensors``.
         budget: of the stage.
         batch: drawings a step.
+        device: of the scorer.
 
     Returns:
         the scorer with averaged weights, frozen, and the stage's log.
     """
     with seeded(4):
-        scorer = Scorer()
+        scorer = Scorer().to(device)
     loop = Loop(folder / "scorer.safetensors", {"scorer": scorer}, Rate({"scorer": LEARNING_RATE}, average=0.995), 4)
     loop.run(lambda g: scorer_loss(scorer, g, batch), budget)
     loop.use_averages()

@@ -38,10 +38,11 @@ def text_loss(
     """Return the cross-entropy of all factors, "not mentioned" being a class, at end-of-text and the last pad."""
     mentioned = mention(sample_scenes(batch, generator), generator)
     ids = tokens(words, [caption(scene) for scene in mentioned])
-    states = text(ids)[0]
-    end = states[torch.arange(batch), (ids == words.eos_token_id).int().argmax(1)]
+    states = text(ids.to(text.device))[0]
+    place = (ids == words.eos_token_id).int().argmax(1)
+    end = states[torch.arange(batch, device=text.device), place.to(text.device)]
     # class 0 is "not mentioned"
-    classes = indices(mentioned) + 1
+    classes = (indices(mentioned) + 1).to(text.device)
     losses = [
         nn.functional.cross_entropy(head(state), classes[:, i])
         for state in (end, states[:, -1])
@@ -50,21 +51,24 @@ def text_loss(
     return torch.stack(losses).mean()
 
 
-def train_text(folder: Path, budget: Budget, batch: int = BATCH) -> tuple[CLIPTextModel, list[dict[str, float]]]:
+def train_text(
+    folder: Path, budget: Budget, batch: int = BATCH, device: torch.device | str = "cpu"
+) -> tuple[CLIPTextModel, list[dict[str, float]]]:
     """Pre-train, or go on pre-training, the text encoder.
 
     Args:
         folder: of the run; the state is kept in ``text.safetensors``.
         budget: of the stage.
         batch: captions a step.
+        device: of the text encoder.
 
     Returns:
         the text encoder with averaged weights, and the stage's log.
     """
     words = tokenizer()
     with seeded(2):
-        text = text_encoder()
-        heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, 1 + len(options)) for options in FACTORS.values())
+        text = text_encoder().to(device)
+        heads = nn.ModuleList(nn.Linear(TEXT_WIDTH, 1 + len(options)) for options in FACTORS.values()).to(device)
     networks = {"text": text, "heads": heads}
     rate = Rate(dict.fromkeys(networks, LEARNING_RATE), average=0.99)
     loop = Loop(folder / "text.safetensors", networks, rate, seed=2)

@@ -26,7 +26,7 @@ KL_WEIGHT = 1e-4
 
 def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch: int = BATCH) -> Tensor:
     """Return the loss on freshly drawn training scenes."""
-    images = draw(sample_scenes(batch, generator), generator)
+    images = draw(sample_scenes(batch, generator), generator).to(vae.device)
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample(generator=generator)).sample
     error = decoded - images
@@ -64,21 +64,24 @@ def whiten(vae: AutoencoderKL, images: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def train_vae(folder: Path, budget: Budget, batch: int = BATCH) -> tuple[AutoencoderKL, list[dict[str, float]]]:
+def train_vae(
+    folder: Path, budget: Budget, batch: int = BATCH, device: torch.device | str = "cpu"
+) -> tuple[AutoencoderKL, list[dict[str, float]]]:
     """Train, or go on training, the autoencoder.
 
     Args:
         folder: of the run; the state is kept in ``vae.safetensors``.
         budget: of the stage.
         batch: drawings a step.
+        device: of the autoencoder.
 
     Returns:
         the autoencoder, frozen, with averaged weights, and the stage's log.
     """
     with seeded(0):
-        vae = autoencoder()
+        vae = autoencoder().to(device)
     generator = torch.Generator().manual_seed(1)
-    images = draw(sample_scenes(256, generator), generator)
+    images = draw(sample_scenes(256, generator), generator).to(device)
     loop = Loop(folder / "vae.safetensors", {"vae": vae}, Rate({"vae": LEARNING_RATE}, average=0.995))
     loop.run(lambda g: vae_loss(vae, g, batch), budget, lambda: {"psnr": round(psnr(vae, images), 2)})
     loop.use_averages()
