@@ -36,6 +36,8 @@ class Line:
     """A Gaussian in ``dim`` independent dimensions; its trainable part is an affine control, zero at first."""
 
     prediction = "eps"
+    guidance = 1.0
+    graded_batch = None
 
     def __init__(self, mean: float = 0.0, variance: float = 1.0, dim: int = 1, prompts: tuple[str, ...] = ()) -> None:
         self.schedule = VPLinear()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdeblend.finetune.distributed import Distributed, in_precision
-from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, train
+from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, check_folder, number_of, train
 from sdeblend.finetune.trainer import LossScale, Workers
 from tests.finetune_models import Line
 from tests.finetune_process import make
@@ -24,8 +24,8 @@ from tests.strategies import refuses
 ROOT = Path(__file__).parents[1]
 
 
-def together(folder: Path, *arguments: str) -> None:
-    """Run two processes of one training run to its end."""
+def together(folder: Path, *arguments: str, code: int = 0) -> list[str]:
+    """Run two processes of one training run to its end, which both reach with this code; return what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,7 +41,8 @@ def together(folder: Path, *arguments: str) -> None:
         for i in range(2)
     ]
     errors = [process.communicate(timeout=300)[1] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(errors)
+    assert [process.returncode for process in pair] == [code, code], "\n".join(errors)
+    return errors
 
 
 def apart(one: Path, other: Path, *, value: bool = False) -> float:
@@ -77,6 +78,31 @@ def test_two_processes_equal_one(tmp_path: Path, name: str) -> None:
     train(make(name), tmp_path / "one", iterations=5, resume=True)
     train(make(name), tmp_path / "two", iterations=5, resume=True)
     assert apart(tmp_path / "two" / MEMBER, tmp_path / "one" / MEMBER) < 1e-5
+
+
+def test_processes_that_see_different_checkpoints_refuse(tmp_path: Path) -> None:
+    train(make("ddpo"), tmp_path / "0", iterations=2)
+    for error in together(tmp_path, "--apart", "--resume", code=1):
+        assert f"all 2 processes must find the same {tmp_path}" in error and "got it in 1" in error, error
+
+
+def test_what_processes_see_is_compared(tmp_path: Path) -> None:
+    class Two(Workers):
+        count = 2
+        other = 0
+
+        def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor, torch.tensor([self.other])])
+
+    workers, path = Two(), tmp_path / CHECKPOINT
+    check_folder(tmp_path, workers, resume=True)
+    path.write_bytes(b"one")
+    refuses(lambda: check_folder(tmp_path, workers, resume=True), "all 2 processes", "got it in 1", "share the folder")
+    workers.other = number_of(path)
+    check_folder(tmp_path, workers, resume=True)
+    refuses(lambda: check_folder(tmp_path, workers, resume=False), "has a run already")
+    path.write_bytes(b"two")
+    refuses(lambda: check_folder(tmp_path, workers, resume=True), "2 different ones")
 
 
 def test_a_batch_must_divide() -> None:

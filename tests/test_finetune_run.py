@@ -18,7 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sdeblend.cli import sentence
 from sdeblend.finetune import checkpoint
+from sdeblend.finetune.config import TRAINERS
 from sdeblend.finetune.ddpo import DDPO, DDPOSettings
 from sdeblend.finetune.dpok import DPOK, DPOKSettings
 from sdeblend.finetune.reward import WeightedReward
@@ -44,7 +46,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.rng_untouched
-@pytest.mark.parametrize("name", ["ddpo", "dpok"])
+@pytest.mark.parametrize("name", TRAINERS)
 def test_resumed_is_the_same_bit_for_bit(tmp_path: Path, name: str) -> None:
     member = train(make(name), tmp_path / "whole", iterations=7, checkpoint_every=3)
     assert member == tmp_path / "whole" / MEMBER
@@ -78,6 +80,16 @@ def test_killed_anywhere_and_resumed_is_the_same_bit_for_bit(
     assert process(str(killed), "--trainer", name, "--resume", "--log") == 0
     assert same(killed, tmp_path / "whole")
     assert len(list((killed / "logs").iterdir())) == len(places) + 1
+
+
+@pytest.mark.parametrize("model", ["mixture", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_killed_in_another_process_and_resumed_here_is_the_same_bit_for_bit(tmp_path: Path, model: str) -> None:
+    killed = tmp_path / "killed"
+    assert process(str(killed), "--trainer", "regression", "--model", model, "--kill", "3:step") == -9
+    assert about(killed / MEMBER)["sdeblend.iterations"] == "2"
+    for folder in (killed, tmp_path / "whole"):
+        train(make("regression", model=model), folder, iterations=5, checkpoint_every=2, resume=True)
+    assert same(killed, tmp_path / "whole")
 
 
 def test_resuming_nothing_starts_from_the_beginning(tmp_path: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        parts = ("No space left", "iteration 4", "kept") if when == 1 else ("No space left",)
+        parts = ("No space left", "iteration 4", *((CHECKPOINT, "kept") if when == 1 else (MEMBER,)))
         refuses(lambda: train(trainer, folder, iterations=6, checkpoint_every=2), *parts, kind=OSError)
     assert not list(folder.glob(".*.part"))
     before = make("ddpo")
@@ -123,6 +135,26 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert about(folder / MEMBER)["sdeblend.iterations"] == "2"
     train(make("ddpo"), folder, iterations=6, checkpoint_every=2, resume=True)
     assert (folder / MEMBER).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_names_the_metrics(tmp_path: Path) -> None:
+    trainer = make("ddpo")
+    iterate = trainer.iterate
+
+    def fill() -> dict[str, float]:
+        if trainer.iteration == 2:
+            (tmp_path / METRICS).unlink()
+            (tmp_path / METRICS).symlink_to("/dev/full")
+        metrics: dict[str, float] = iterate()
+        return metrics
+
+    trainer.iterate = fill
+    with pytest.raises(OSError) as caught:
+        train(trainer, tmp_path, iterations=4, checkpoint_every=1)
+    told = sentence(caught.value)
+    assert str(tmp_path / METRICS) in told and "No space left" in told and "iteration 3" in told
+    assert about(tmp_path / MEMBER)["sdeblend.iterations"] == "2"
 
 
 def about(path: Path) -> dict[str, str]:
@@ -198,6 +230,28 @@ def test_refuses_what_is_no_checkpoint_and_folders_in_use(tmp_path: Path) -> Non
     shutil.copy(member, damaged)
     refuses(lambda: train(make("ddpo"), tmp_path / "b", iterations=2, resume=True), str(damaged), "not a checkpoint")
     refuses(lambda: train(make("ddpo"), member, iterations=1), "must be a folder", kind=OSError)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_rate_that_makes_training_diverge_is_blamed_and_not_the_reward(tmp_path: Path, name: str) -> None:
+    # At the larger rate the likelihood ratio of the policy gradients overflows before any sample does.
+    rate = 1.0 if name in ("ddpo", "dpok") else 30.0
+    trainer = make(name, model="mixture", learning_rate=rate)
+    kept = ("must stay finite", "iteration", "lower learning_rate", "the member of iteration", "is kept")
+    refuses(lambda: train(trainer, tmp_path, iterations=20, checkpoint_every=1), *kept, kind=FloatingPointError)
+    assert all(bool(v.isfinite().all()) for v in load_file(tmp_path / MEMBER).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_samples_that_ran_off_are_never_scored(value: float) -> None:
+    trainer = make("ddpo")
+    samples = torch.zeros(4, 2)
+    trainer.score(samples, trainer.model.conditions(1, 4, trainer.generator))
+    samples[2] = value
+    refuses(lambda: trainer.score(samples, None), "samples", "1 of 4", "iteration 1", kind=FloatingPointError)
+    trainer.model.decode = lambda x: x * value
+    refuses(lambda: trainer.score(samples[:1] + 1, None), "decoded samples", kind=FloatingPointError)
+    assert trainer.reward_calls == 4
 
 
 @pytest.mark.parametrize("place", ["loss", "parameter", "metric"])

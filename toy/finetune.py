@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Condition
 from sdeblend.finetune.reward import Reward
+from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.io import write_atomically
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import Parametrisation
@@ -93,6 +94,8 @@ class MixtureTunable:
     """
 
     prediction: Parametrisation = "eps"
+    guidance = 1.0
+    graded_batch: int | None = None
 
     def __init__(
         self,
@@ -142,18 +145,15 @@ class MixtureTunable:
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
         """Write the trainable part as safetensors; return the file's path, which gets its suffix if it has none."""
-        from safetensors.torch import save
-
         path = path if path.suffix else path.with_suffix(".safetensors")
-        parts = {name: value.detach().contiguous() for name, value in self._parts.items()}
-        write_atomically(path, save(parts, dict(metadata)))
+        write_atomically(path, safetensors_bytes(self._parts, metadata))
         return path
 
     def load(self, path: Path) -> dict[str, str]:
         """Take the trainable part from a file that ``save`` wrote and return its metadata.
 
         Raises:
-            ValueError: for a file of other names or shapes.
+            ValueError: for a file of other names or shapes, or one that names another base; nothing is changed then.
         """
         from safetensors import safe_open
 
@@ -165,6 +165,11 @@ class MixtureTunable:
         if wanted != given:
             odd = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
             raise ValueError(f"{path} must hold the trainable part of this model, but differs in {odd[0]}; rebuild it")
+        base = metadata.get("sdeblend.base")
+        if base not in (None, self.identity()):
+            raise ValueError(
+                f"{path} needs the base it was tuned on, {base}, got {self.identity()}; build the model it was made for"
+            )
         with torch.no_grad():
             for name, value in self._parts.items():
                 value.copy_(tensors[name])

@@ -74,9 +74,9 @@ class AdjointMatching(Trainer):
 
     def iterate(self) -> Metrics:
         batch, parts = self.draw(), []
-        for index in torch.arange(batch.noise.shape[1]).split(self.settings.micro_batch):
+        for index in torch.arange(batch.noise.shape[1]).split(self.micro_batch):
             condition = take(batch.condition, index)
-            with torch.no_grad(), self.workers.autocast():
+            with torch.no_grad():
                 states = draw_states(self.model, self.moves, batch.noise[:, index], condition)
             parts.append((states[:-1], *self.carry_back(states, condition)))
         states, base, pulls = (torch.cat([part[i] for part in parts], 1) for i in (0, 1, 2))
@@ -105,7 +105,7 @@ class AdjointMatching(Trainer):
             move, c = self.moves[k], self.moves[k + 1].c if k + 1 < len(self.moves) else 0.0
             x = states[k].detach().requires_grad_()
             times = move.t.expand(len(x))
-            with torch.enable_grad(), self.workers.autocast():
+            with torch.enable_grad():
                 score = converted(self.model, self.model.base(x, times, condition).to(x.dtype), x, times, "score")
             pull = move.b * adjoint + c * move.q * beyond
             (turned,) = torch.autograd.grad(score, x, pull)
@@ -128,8 +128,7 @@ class AdjointMatching(Trainer):
         def loss_of(index: Tensor) -> Tensor:
             k, i = steps[index], owner[index]
             x = states[k, i]
-            with self.workers.autocast():
-                out = self.model.tuned(x, t[k], take(batch.condition, i)).to(x.dtype)
+            out = self.model.tuned(x, t[k], take(batch.condition, i)).to(x.dtype)
             scaled = per_row(root[k], x) * (converted(self.model, out, x, t[k], "score") - base[k, i])
             costs[index] = scaled.detach().square().flatten(1).sum(1).cpu().float() / 2
             return (scaled + pulls[k, i] / per_row(root[k], x)).square().flatten(1).sum(1) / 2

@@ -75,10 +75,9 @@ class RewardBackprop(Trainer):
 
         def loss_of(index: Tensor) -> Tensor:
             condition = take(batch.condition, index)
-            with self.workers.autocast():
-                run = follow(self.model, self.moves, batch.noise[:, index], condition, keep=keep,
-                             recompute=settings.recompute)  # fmt: skip
-                reward = self.score(run.samples, condition)
+            run = follow(self.model, self.moves, batch.noise[:, index], condition, keep=keep,
+                         recompute=settings.recompute)  # fmt: skip
+            reward = self.score(run.samples, condition)
             check_differentiable(reward)
             rewards[index], kls[index] = reward.detach().cpu().float(), run.kl.detach().cpu().float()
             return run.kl - reward / settings.kl_weight

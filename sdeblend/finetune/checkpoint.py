@@ -8,7 +8,8 @@ by renaming, so a run that is killed, or a disk that fills up, at any moment lea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,18 @@ def write(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> Non
     if not trainer.workers.main:
         return
     about = {"format": FORMAT, "numbers": json.dumps(numbers), "configuration": json.dumps(dict(configuration))}
-    try:
+    kept = "the one before it is kept" if path.exists() else "there is none before it"
+    with naming(path, f"the checkpoint of iteration {trainer.iteration}; {kept}"):
         write_atomically(path, safetensors_bytes(tensors, about))
+
+
+@contextmanager
+def naming(path: Path, words: str) -> Iterator[None]:
+    """Give an error of the system the file and what it was to hold: of a full disk it says neither."""
+    try:
+        yield
     except OSError as error:
-        kept = "the one before it is kept" if path.exists() else "there is none before it"
-        raise OSError(
-            error.errno, f"{error.strerror or error}, at the checkpoint of iteration {trainer.iteration}; {kept}",
-            str(path),
-        ) from error
+        raise OSError(error.errno, f"{error.strerror or error}, at {words}", str(path)) from error
 
 
 def read(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> None:

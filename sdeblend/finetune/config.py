@@ -13,7 +13,9 @@
     checkpoint_every = 10
 
 A backend is an entry point of the group ``sdeblend.tunables``: a kind and a function, ``Builder``. A trainer is a
-class of ``sdeblend.finetune`` and a dataclass of settings, whose fields are the keys of its table.
+class of ``sdeblend.finetune`` and a dataclass of settings, whose fields are the keys of its table. What the table
+leaves out has the dataclass's default, unless the backend's module has another: a function ``trainer_defaults`` from
+the ``[model]`` table to defaults by key.
 """
 
 from __future__ import annotations
@@ -146,13 +148,14 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         if table[key] < 1:
             raise ValueError(f"{file}: {section} {key} must be at least 1, got {table[key]}")
     rest = {key: value for key, value in top["trainer"].items() if key not in _RUN}
+    model = {key: value for key, value in top["model"].items() if key != "kind"}
     return Plan(
         file=file,
         kind=kind,
-        model={key: value for key, value in top["model"].items() if key != "kind"},
+        model=model,
         rewards=weights,
         trainer=run["name"],
-        settings=read_settings(rest, trainer_of(run["name"])[1], file=file),
+        settings=read_settings(rest, trainer_of(run["name"])[1], file=file, defaults=defaults_of(kind, model)),
         iterations=run["iterations"],
         precision=run["precision"],
         folder=Path(output["folder"]),
@@ -160,7 +163,18 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     )
 
 
-def read_settings(table: Mapping[str, Any], kind: type[Settings], *, file: Path) -> Settings:
+def defaults_of(kind: str, model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the trainers' defaults of a backend for a ``[model]`` table without ``kind``; of an unknown one, none."""
+    for entry in entry_points(group=GROUP):
+        if entry.name == kind:
+            own = getattr(importlib.import_module(entry.module), "trainer_defaults", None)
+            return {} if own is None else dict(own(model))
+    return {}
+
+
+def read_settings(
+    table: Mapping[str, Any], kind: type[Settings], *, file: Path, defaults: Mapping[str, Any] | None = None
+) -> Settings:
     """Return a trainer's settings from its table.
 
     A class whose defaults depend on ``mode`` has them in ``presets``, mode -> defaults.
@@ -169,12 +183,15 @@ def read_settings(table: Mapping[str, Any], kind: type[Settings], *, file: Path)
         table: the ``[trainer]`` table without the keys of the run.
         kind: the trainer's dataclass.
         file: for messages.
+        defaults: in place of the class's own, but not of its presets; keys that it lacks do not count.
 
     Raises:
         ValueError: for an unknown key or a value that cannot be used.
     """
     hints = get_type_hints(kind)
-    spec: dict[str, tuple[Any, Any]] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
+    own = {f.name: f.default for f in dataclasses.fields(kind)}
+    defaults = own | {key: value for key, value in (defaults or {}).items() if key in own}
+    spec: dict[str, tuple[Any, Any]] = {key: (hints[key], value) for key, value in defaults.items()}
     # The one number that may be infinite.
     free = table.get("clip_norm") == math.inf
     given = {key: value for key, value in table.items() if not (free and key == "clip_norm")}

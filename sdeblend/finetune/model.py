@@ -42,12 +42,17 @@ class Tunable(Protocol):
         prediction: what the network predicts.
         event: shape of one sample.
         device: where samples live.
+        guidance: scale of classifier-free guidance in both predictions; 1 is none.
+        graded_batch: most rows that ``tuned`` and ``base`` are to be given at once where gradients are wanted; None for
+            any number.
     """
 
     schedule: NoiseSchedule
     prediction: Parametrisation
     event: tuple[int, ...]
     device: torch.device
+    guidance: float
+    graded_batch: int | None
 
     def tuned(self, x: Tensor, t: Tensor, condition: Condition | None, /) -> Tensor:
         """Return the prediction with the trainable part, (B, *event), at x (B, *event) and times t (B,) float64."""

@@ -18,6 +18,9 @@ SDE step, whose transitions given the path so far are Gaussian too, so that this
 learns from its own samples inherits their error, and with the first-order ancestral step modes lose a few per cent of
 their width, a quarter of the control near the data at 50 steps, and more where steps are uniform in t.
 
+A sample is noised again by the forward process, which takes the chain to reverse it. With classifier-free guidance it
+does not: no forward process has the guided prediction for its score. So guidance is refused.
+
 Copies come in pairs of opposite noise: at high log-SNR, where networks are smooth on the scale of the noise, what the
 noise alone would teach cancels.
 
@@ -78,7 +81,11 @@ class RegressionSettings(Settings):
 
 
 class RewardRegression(Trainer):
-    """The regression trainer; arguments as ``Trainer``, with ``RegressionSettings``."""
+    """The regression trainer; arguments as ``Trainer``, with ``RegressionSettings``.
+
+    Raises:
+        ValueError: for a model with guidance, or log-SNRs that its schedule does not have.
+    """
 
     name: ClassVar[str] = "regression"
     settings: RegressionSettings
@@ -87,6 +94,11 @@ class RewardRegression(Trainer):
         self, model: Tunable, reward: WeightedReward, settings: RegressionSettings, workers: Workers | None = None
     ) -> None:
         super().__init__(model, reward, settings, workers)
+        if model.guidance != 1:
+            raise ValueError(
+                "regression needs a base that predicts the score of its own samples, which takes guidance = 1, got "
+                f"{model.guidance:g}; set it to 1, or choose another trainer"
+            )
         self.moves = plan(model, self.chain.grid)
         ends = model.schedule.log_snr(self.chain.grid[[0, -2]]).tolist()
         self.range = max(settings.low, ends[0]), min(settings.high, ends[1])
@@ -98,7 +110,7 @@ class RewardRegression(Trainer):
 
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()
-        with torch.no_grad(), self.workers.autocast():
+        with torch.no_grad():
             samples, log_ratio, kl = follow(self.model, self.moves, batch.noise, batch.condition)
             rewards = self.score(samples, batch.condition)
         tilt = rewards / settings.kl_weight - log_ratio
@@ -134,11 +146,9 @@ class RewardRegression(Trainer):
         eps = eps.flatten(0, 1).to(samples)
         return noised(schedule, samples.repeat(count, *[1] * (samples.ndim - 1)), t, eps), t, eps
 
-    def eps(self, x: Tensor, t: Tensor, condition: Condition | None, *, base: bool = False) -> Tensor:
-        """Return the noise that a network predicts, (B, *event), in the dtype of x."""
-        network = self.model.base if base else self.model.tuned
-        with self.workers.autocast():
-            return converted(self.model, network(x, t, condition).to(x.dtype), x, t, "eps")
+    def eps(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """Return the noise that the tuned network predicts, (B, *event), in the dtype of x."""
+        return converted(self.model, self.model.tuned(x, t, condition).to(x.dtype), x, t, "eps")
 
     def fit(self, samples: Tensor, weights: Tensor, batch: Batch) -> float:
         """Take one gradient step of the weighted regression on fresh copies and return the loss."""

@@ -15,6 +15,7 @@ the trainer's is not the alpha of the optimum), ``sdeblend.base`` (``Tunable.ide
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import signal
@@ -33,7 +34,7 @@ from sdeblend.finetune import checkpoint
 from sdeblend.finetune.config import Plan, build, trainer_of
 from sdeblend.finetune.distributed import Distributed, in_precision
 from sdeblend.finetune.reward import WeightedReward
-from sdeblend.finetune.trainer import Metrics, Trainer
+from sdeblend.finetune.trainer import Metrics, Trainer, Workers
 from sdeblend.io import write_atomically
 
 if TYPE_CHECKING:
@@ -56,13 +57,14 @@ def run(plan: Plan, *, resume: bool = False) -> Path:
     Raises:
         ValueError: for what cannot be used, or a folder that has a run already.
         OSError: for a file that cannot be read or written; the last checkpoint is kept.
-        FloatingPointError: for a loss that is not finite; the last checkpoint and its member are kept.
+        FloatingPointError: for what is not finite; the last checkpoint and its member are kept.
     """
     from accelerate import Accelerator
 
-    check_folder(plan.folder, resume=resume)
     accelerator = Accelerator(log_with="tensorboard", project_dir=plan.folder)
     workers = Distributed(accelerator, plan.precision)
+    # Before a large model is loaded.
+    check_folder(plan.folder, workers, resume=resume)
     model, rewards = build(plan, accelerator.device)
     kind, _ = trainer_of(plan.trainer)
     reward = WeightedReward(rewards, plan.rewards)
@@ -98,11 +100,12 @@ def train(
         the member's file.
 
     Raises:
-        ValueError: for a folder that has a run already, or one of another configuration.
+        ValueError: for a folder that has a run already, one of another configuration, or processes that do not see the
+            same.
         OSError: for a file that cannot be written; the last checkpoint is kept.
         FloatingPointError: for what is not finite; the last checkpoint and its member are kept.
     """
-    check_folder(folder, resume=resume)
+    check_folder(folder, trainer.workers, resume=resume)
     configuration = default_configuration(trainer) if configuration is None else configuration
     if (folder / CHECKPOINT).exists():
         checkpoint.read(folder / CHECKPOINT, trainer, configuration)
@@ -110,7 +113,8 @@ def train(
             raise ValueError(f"{folder} has a run of {trainer.iteration} iterations, more than the {iterations} wanted")
     if trainer.workers.main:
         folder.mkdir(parents=True, exist_ok=True)
-        forget(folder / METRICS, trainer.iteration)
+        with checkpoint.naming(folder / METRICS, f"the metrics up to iteration {trainer.iteration}"):
+            forget(folder / METRICS, trainer.iteration)
     kept = trainer.iteration
     if kept:
         # It may have been killed between the two files.
@@ -120,7 +124,8 @@ def train(
             for metrics in _rounds(trainer, iterations):
                 with undisturbed():
                     if trainer.workers.main:
-                        note(folder / METRICS, {"iteration": trainer.iteration, **metrics})
+                        with checkpoint.naming(folder / METRICS, f"the metrics of iteration {trainer.iteration}"):
+                            note(folder / METRICS, {"iteration": trainer.iteration, **metrics})
                     log(metrics, trainer.iteration)
                     if trainer.iteration % checkpoint_every == 0 or trainer.iteration == iterations:
                         checkpoint.write(folder / CHECKPOINT, trainer, configuration)
@@ -132,17 +137,35 @@ def train(
     return folder / MEMBER
 
 
-def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse a folder that is none, or whose run would be overwritten.
+def check_folder(folder: Path, workers: Workers, *, resume: bool) -> None:
+    """Refuse a folder that is none, whose run would be overwritten, or of which processes see different checkpoints.
 
     Raises:
-        ValueError: if there is a checkpoint and ``resume`` is False.
+        ValueError: if there is a checkpoint and ``resume`` is False, or not the same one for every process.
         NotADirectoryError: if there is a file of this name.
     """
+    if workers.count > 1:
+        found = [int(number) for number in workers.gather(torch.tensor([number_of(folder / CHECKPOINT)]))]
+        if len(set(found)) > 1:
+            got = f"it in {sum(map(bool, found))}" if 0 in found else f"{len(set(found))} different ones"
+            raise ValueError(
+                f"all {workers.count} processes must find the same {folder / CHECKPOINT}, or none, got {got}; share "
+                "the folder between machines, or copy the file to each"
+            )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(20, "is a file, and must be a folder", str(folder))
     if not resume and (folder / CHECKPOINT).exists():
         raise ValueError(f"{folder} has a run already; resume it (--resume), or name another folder")
+
+
+def number_of(path: Path) -> int:
+    """Return a number that tells a file's content from any other; 0 if there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as stream:
+        # Seven bytes fit a tensor of integers.
+        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=7)).digest()
+    return int.from_bytes(digest, "little")
 
 
 def default_configuration(trainer: Trainer) -> dict[str, Any]:
@@ -174,8 +197,9 @@ def forget(path: Path, iteration: int) -> None:
 def save_member(trainer: Trainer, folder: Path) -> None:
     """Write the member as it is now, averaged if there is an average; every process must call it."""
     if trainer.workers.main:
-        with averaged(trainer):
-            trainer.model.save(folder / MEMBER, metadata(trainer))
+        path = folder / MEMBER
+        with averaged(trainer), checkpoint.naming(path, f"the member of iteration {trainer.iteration}"):
+            trainer.model.save(path, metadata(trainer))
     trainer.workers.wait()
 
 

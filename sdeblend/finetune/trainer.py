@@ -18,9 +18,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -49,7 +48,8 @@ class Settings:
         clip_norm: largest norm of a gradient; infinity for none.
         ema_decay: of the averaged parameters that are saved, at most (n + 1) / (n + 10) after n steps of the optimiser,
             so that a short run does not save the base it started from; 0 saves the last ones.
-        micro_batch: rows evaluated at once; gradients are accumulated over the batch.
+        micro_batch: rows evaluated at once, fewer where the model says so (``Tunable.graded_batch``); gradients are
+            accumulated over the batch.
         seed: of every random number of the run.
 
     Raises:
@@ -172,10 +172,6 @@ class Workers:
         """Return the rows of all processes, in order."""
         return tensor
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which networks are evaluated (mixed precision)."""
-        return nullcontext()
-
 
 @dataclass
 class Batch:
@@ -218,6 +214,7 @@ class Trainer(ABC):
         )
         self.average = [p.detach().clone() for p in self.parameters] if settings.ema_decay else None
         self.chain = Chain.of(model, time_grid(model.schedule, settings.steps, settings.spacing))
+        self.micro_batch = min(settings.micro_batch, model.graded_batch or settings.micro_batch)
         self.iteration = 0
         # Reward evaluations so far, of all processes: what users pay for.
         self.reward_calls = 0
@@ -231,7 +228,7 @@ class Trainer(ABC):
 
         Raises:
             ValueError: a reward that is not finite or of another shape.
-            FloatingPointError: a loss or gradient that is not finite.
+            FloatingPointError: samples, a loss or a gradient that is not finite.
         """
 
     def draw(self) -> Batch:
@@ -243,19 +240,22 @@ class Trainer(ABC):
         return Batch(take(condition, torch.arange(total)[rows]), noise, rows)
 
     def score(self, samples: Tensor, condition: Condition | None) -> Tensor:
-        """Return the rewards of clean samples, (B,), in the dtype of the samples; counts the calls."""
-        self.reward_calls += len(samples) * self.workers.count
-        return self.reward(self.model.decode(samples), condition).to(samples.dtype)
+        """Return the rewards of clean samples, (B,), in the dtype of the samples; counts the calls.
 
-    def advantages(self, rewards: Tensor) -> Tensor:
-        """Return r minus its mean within the condition's other samples, for this process's rows, (B,).
-
-        The mean leaves the sample itself out, so that it is independent of it.
+        Raises:
+            FloatingPointError: for samples that are not finite, or whose squares are not: what a reward makes of them
+                is not its fault.
         """
-        everyone = self.workers.gather(rewards).reshape(self.settings.groups, self.settings.group_size)
-        size = self.settings.group_size
-        others = (everyone.sum(1, keepdim=True) - everyone) / (size - 1)
-        return (everyone - others).flatten()[self.workers.rows(self.settings.total)]
+        seen = self.model.decode(samples)
+        for words, values in (("samples", samples), ("decoded samples", seen)):
+            bad = ~values.detach().square().flatten(1).sum(1).isfinite()
+            if bool(bad.any()):
+                raise FloatingPointError(
+                    f"{words} and their squares must stay finite, got others in {int(bad.sum())} of {len(bad)} in "
+                    f"iteration {self.iteration + 1}; lower learning_rate or raise kl_weight"
+                )
+        self.reward_calls += len(samples) * self.workers.count
+        return self.reward(seen, condition).to(samples.dtype)
 
     def descend(self, rows: int, loss_of: Callable[[Tensor], Tensor], *, total: int | None = None) -> float:
         """Take one optimiser step on the mean of a loss over the batch.
@@ -277,7 +277,7 @@ class Trainer(ABC):
         scaler = self.workers.scaler
         scale = 1.0 if scaler is None else scaler.factor
         # A process may have none of a drawn subset of the rows; its gradient is then 0.
-        for index in torch.arange(rows).split(self.settings.micro_batch) if rows else ():
+        for index in torch.arange(rows).split(self.micro_batch) if rows else ():
             loss = loss_of(index).sum() / total
             (loss * scale).backward()
             summed += loss.detach().double().cpu()
