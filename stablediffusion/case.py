@@ -1,7 +1,8 @@
 """One set of members, guidance and prompt of a pipeline, ready for the methods of ``sdeblend evaluate``.
 
 The state is the latents; scores come from ``PipelineScore`` on the pipeline's own grid, whose last step goes to t = 0.
-Rewards look at decoded images, in units of their scale. Networks get at most ``batch`` rows at once.
+Rewards look at decoded images, in units of their scale; where one fails, methods and rows see NaN, and the image is
+told and kept. Networks get at most ``batch`` rows at once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from sdeblend.baselines.drawn import Drawn, Reward
 from sdeblend.baselines.interpolation import PAIR
 from sdeblend.blend import Blend
-from sdeblend.evaluate.backend import Case, Distance, Wanted
+from sdeblend.evaluate.backend import Case, Distance, Wanted, moved
 from sdeblend.evaluate.draws import Draws
 from sdeblend.score import ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
@@ -28,7 +29,6 @@ from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.members import Members
 from stablediffusion.montage import montage_png
-from stablediffusion.rewards import ImageReward
 from stablediffusion.schedulers import scheduler_grid
 from stablediffusion.scoring import Prompts, score_each
 
@@ -75,8 +75,13 @@ class PipelineCase(Case):
         self.like = torch.zeros(base.shape[1:], device=backend.device)
         self.size = base.size
 
+        self._asked = 0
         self._seen: tuple[Tensor, Tensor] | None = None
         self._based: tuple[Draws, Tensor] | None = None
+
+    def begin(self, folder: Path, stem: str) -> None:
+        super().begin(folder, stem)
+        self._asked = 0
 
     def stack(self, batch: int) -> ScoreStack:
         return self._cut(self._stack(batch, [f"member:{name}" for name in self.names]))
@@ -106,26 +111,43 @@ class PipelineCase(Case):
             return None
         return self._cut(self._stack(batch, list(own.values()))), ("base", *own)
 
-    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> dict[str, Tensor]:
-        names = (*self.names, *self.backend.settings["report"])
-        images = self._images(samples)
-        chosen = {name: self.backend.rewards[name] for name in names}
-        keep = None if folder is None else folder / "failed"
-        values, failures = score_each(chosen, images, Prompts((self.prompt,) * len(images)), keep=keep, stem=stem)
-        self.failures = [*self.failures, *failures]
+    def rewards(self, samples: Tensor) -> dict[str, Tensor]:
+        values = self.scored((*self.names, *self.backend.settings["report"]), self._images(samples))
         return {name: value / self._scale(name) for name, value in values.items()}
 
+    def scored(
+        self, names: Sequence[str], images: Tensor, *, way: str = "", differentiate: bool = False
+    ) -> dict[str, Tensor]:
+        """Return rewards by name, (B,), NaN where one failed; what it failed on is told, and kept.
+
+        Args:
+            names: of rewards.
+            images: (B, 3, H, W) in [0, 1].
+            way: what a failure is told with, if a method asks, on its way to the samples.
+            differentiate: whether gradients are to reach the images.
+        """
+        folder, stem = self.kept_at or (None, "")
+        if way:
+            self._asked += 1
+            stem = f"{stem}-{self._asked}"
+        values, failures = score_each(
+            {name: self.backend.rewards[name] for name in names}, images, Prompts((self.prompt,) * len(images)),
+            keep=None if folder is None else folder / "failed", stem=stem, differentiate=differentiate,
+        )  # fmt: skip
+        self.failures = [*self.failures, *(way + failure for failure in failures)]
+        return values
+
     def reward(self, name: str) -> Reward:
-        return _ImageScore(self, self.backend.rewards[name], self._scale(name))
+        return _ImageScore(self, name, self._scale(name))
 
     def differentiable(self, name: str) -> Reward | None:
         stand_in = self.backend.settings["gradients"].get(name, name)
-        reward = self.backend.rewards[stand_in]
-        return _ImageScore(self, reward, self._scale(name)) if reward.differentiable else None
+        found = self.backend.rewards[stand_in].differentiable
+        return _ImageScore(self, stand_in, self._scale(name), differentiate=True) if found else None
 
-    def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
+    def measure(self, drawn: Drawn, wanted: Wanted) -> dict[str, Distance]:
         found_law = self._law(wanted)
-        if goal != "target" or found_law is None:
+        if found_law is None:
             return {}
         exact, law = found_law
         shares = {name: wanted.strength * w for name, w in wanted.weights.items()}
@@ -134,7 +156,7 @@ class PipelineCase(Case):
         parts = [w / self._scale(name) * values[name].double() for name, w in shares.items()]
         found = torch.stack(parts).sum(0).cpu().numpy()
         if not np.isfinite(found).all():
-            return {}
+            return {"W1 of r(w)": Distance(float("nan"))}
         weights = None if drawn.log_weights is None else drawn.log_weights.double().softmax(0).cpu().numpy()
         rng, count = np.random.default_rng(0), drawn.effective
         floors = [wasserstein_distance(rng.choice(exact, count, p=law), exact, None, law) for _ in range(FLOORS)]
@@ -175,7 +197,7 @@ class PipelineCase(Case):
     def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
         images, base = self._images(drawn.samples), self._base_images(draws)
         flat = images.flatten(1)
-        facts = {"moved": float((images - base).square().flatten(1).mean(1).sqrt().mean())}
+        facts = moved(drawn, images, base)
         if len(flat) > 1:
             facts["diversity"] = float(torch.pdist(flat).mean()) / flat.shape[1] ** 0.5
         return facts
@@ -272,12 +294,14 @@ class _Cut:
 class _ImageScore:
     """A reward of latents: decoded, scored, in units of its scale."""
 
-    def __init__(self, case: PipelineCase, reward: ImageReward, scale: float) -> None:
-        self.case, self.function, self.scale = case, reward, scale
+    def __init__(self, case: PipelineCase, name: str, scale: float, *, differentiate: bool = False) -> None:
+        self.case, self.name, self.scale, self.differentiate = case, name, scale, differentiate
 
     def __call__(self, x: Tensor) -> Tensor:
-        images = self.case.decode(x)
-        return self.function(images, Prompts((self.case.prompt,) * len(x))).to(x) / self.scale
+        with torch.set_grad_enabled(self.differentiate):
+            images = self.case.decode(x)
+        found = self.case.scored([self.name], images, way="on the way, ", differentiate=self.differentiate)
+        return found[self.name].to(x) / self.scale
 
     def rows(self, index: Tensor) -> _ImageScore:
         return self

@@ -33,8 +33,8 @@ All rewards are reported and weighed in units of their scale, so that with the s
 the KL weight is theirs. For captions of the bundled model the exact target can be sampled, without guidance: drawings
 tilted by exp(lambda r(w) / alpha). ``W1 of r(w)`` is the Wasserstein distance between the law of r(w) of the images and
 of these, caption by caption, beside what exact samples have. Measured besides, within a prompt: ``diversity``, the
-mean distance between two images, and ``moved``, that between an image and the base's on the same start and step noise;
-root mean square over the pixels.
+mean distance between two images, and ``moved``, that between an image and the base's on the same start and step noise
+(``sdeblend.evaluate.backend.moved``); root mean square over the pixels.
 
 Source: Diffusion Blend 2505.18547, section 6 (50 DDIM steps with eta 1, guidance 7.5).
 """
@@ -42,19 +42,21 @@ Source: Diffusion Blend 2505.18547, section 6 (50 DDIM steps with eta 1, guidanc
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
 
+from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
 from stablediffusion.bundled import GUIDANCE, bundled_member, bundled_names
 from stablediffusion.case import PipelineCase
-from stablediffusion.components import denoiser_of
 from stablediffusion.identity import base_identity
 from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora, read_lora
@@ -62,7 +64,10 @@ from stablediffusion.members import Members, load_members
 from stablediffusion.rewards import ImageReward
 from stablediffusion.scoring import image_rewards
 from stablediffusion.small import load_small
+from stablediffusion.small.scorer import WEIGHTS as SCORER
 
+# Rewards that read the bundled scorer's file when they are asked.
+_BY_SCORER = frozenset({"align", "correct"})
 _PRECISIONS: Any = Literal["float32", "bfloat16", "float16"]
 _SET: Spec = {
     "members": (dict, {}),
@@ -150,11 +155,28 @@ class PipelineBackend:
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Hashes of the base's weights and of every member's file."""
+        """Hashes of every network that decides samples or rewards, adapters left out, and of every member's file."""
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        for name, reward in self.rewards.items():
+            parts |= {f"{name} {place}".strip(): part for place, part in _networks(reward).items()}
+        networks = {name: base_identity(part) for name, part in parts.items()}
+        if not _BY_SCORER.isdisjoint(self.rewards):
+            networks["scorer"] = _hash(SCORER)
         names = {key: f"{key[0]}/{key[1]}" if key[0] else key[1] for key in self.files}
-        return {"base": base_identity(denoiser_of(self.pipe)[1])} | {
-            names[key]: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for key, path in self.files.items()
-        }
+        return {"networks": networks} | {names[key]: _hash(path) for key, path in self.files.items()}
+
+    @cached_property
+    def scales(self) -> list[dict[str, Any]]:
+        """What each reward is divided by, on which variants; see ``sdeblend.evaluate.run.Scaled``."""
+        found: dict[tuple[str, float], list[str]] = {}
+        for variant in self.variants:
+            case = self.case(variant.name, self.prompts[0])
+            for name in (*variant.rewards, *self.settings["report"]):
+                found.setdefault((name, case._scale(name)), []).append(variant.name)
+        return [
+            {"name": name, "scale": scale, "unit": self.rewards[name].unit, "variants": variants}
+            for (name, scale), variants in found.items()
+        ]
 
     @cached_property
     def _members(self) -> Members:
@@ -177,6 +199,19 @@ class PipelineBackend:
         members = self._members
         roles = {role: self.adapters[name, role] for key, role in self.files if key == name}
         return PipelineCase(self, members, roles, self.sets[name], prompt, guidance)
+
+
+def _networks(reward: ImageReward) -> dict[str, torch.nn.Module]:
+    """Return the networks of a reward that holds any, by place."""
+    function = reward.function
+    if isinstance(function, torch.nn.Module):
+        return {"": function}
+    held = getattr(function, "__dict__", {})
+    return {place: part for place, part in held.items() if isinstance(part, torch.nn.Module)}
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _sources(one: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -213,6 +248,7 @@ def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.de
             raise ValueError(f"{file}: {head} needs a name of its own, got {one['name']!r} again")
         sets[one.pop("name")] = one
     _check_sets(sets, file)
+    _check_rewards(settings, tuple(next(iter(sets.values()))["members"]), file)
     return PipelineBackend(settings, sets, _prompts(settings, file, seed), file=file, device=device)
 
 
@@ -227,9 +263,29 @@ def _check_sets(sets: Mapping[str, dict[str, Any]], file: str) -> None:
             wrong = [k for k, v in one[key].items() if not isinstance(v, str)]
             if wrong:
                 raise ValueError(f"{file}: {head} {key} {wrong[0]} must be a file, folder, hub id or bundled member")
+        pairs = [a + PAIR + b for a, b in combinations(names, 2)]
+        for key, known in (("half", names), ("pairs", pairs)):
+            _check_names(one[key], known, f"{file}: {head} {key}")
         one["tuned"] = [check_keys(t, _TUNED, file=file, section=f"{head} tuned") for t in one["tuned"]]
         if any(len(t["weights"]) != len(names) for t in one["tuned"]):
             raise ValueError(f"{file}: {head} tuned needs a weight for each of {', '.join(names)}; make them fit")
+
+
+def _check_rewards(settings: Mapping[str, Any], names: Sequence[str], file: str) -> None:
+    _check_names(settings["scales"], (*names, *settings["report"]), f"{file}: [backend.scales]")
+    _check_names(settings["gradients"], names, f"{file}: [backend.gradients]")
+    for name, scale in settings["scales"].items():
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            raise ValueError(f"{file}: [backend.scales] {name} must be a finite number above 0, got {scale!r}")
+    for name, stand_in in settings["gradients"].items():
+        if not isinstance(stand_in, str):
+            raise ValueError(f"{file}: [backend.gradients] {name} must be the name of a reward, got {stand_in!r}")
+
+
+def _check_names(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    wrong = [name for name in table if name not in known]
+    if wrong:
+        raise ValueError(f"{where} must be of {', '.join(known) or 'none'}, got {wrong[0]!r}; correct it")
 
 
 def _prompts(settings: Mapping[str, Any], file: str, seed: int) -> list[str]:

@@ -133,9 +133,14 @@ def image_rewards(
     return rewards
 
 
-@torch.no_grad()
 def score_each(
-    rewards: Mapping[str, ImageReward], images: Tensor, condition: Any, *, keep: Path | None = None, stem: str = ""
+    rewards: Mapping[str, ImageReward],
+    images: Tensor,
+    condition: Any,
+    *,
+    keep: Path | None = None,
+    stem: str = "",
+    differentiate: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Score images one reward at a time; a reward that fails on some of them costs these and no others.
 
@@ -147,6 +152,7 @@ def score_each(
         condition: of the B rows, with ``prompts`` and ``rows``; None if no reward needs it.
         keep: folder for the images on which a reward failed, as PNG files; None keeps none.
         stem: how their names begin.
+        differentiate: whether gradients are to reach the images; they may be NaN where the value is.
 
     Returns:
         name -> (B,) on the images' device, NaN where the reward failed; one sentence for each failure.
@@ -154,7 +160,8 @@ def score_each(
     values: dict[str, Tensor] = {}
     failures: list[str] = []
     for name, reward in rewards.items():
-        value, wrong = _scored(reward, images, condition)
+        with torch.set_grad_enabled(differentiate):
+            value, wrong = _scored(reward, images, condition)
         values[name] = value
         for row, what in sorted(wrong.items()):
             place = _kept(images[row], keep, f"{stem}{'-' if stem else ''}{name}-{row}")
@@ -178,7 +185,7 @@ def _scored(reward: ImageReward, images: Tensor, condition: Any) -> tuple[Tensor
             parts.append(one.to(images.device))
         value = torch.cat(parts) if parts else images.new_zeros(0)
     for row in (~value.isfinite()).nonzero().flatten().tolist():
-        wrong.setdefault(row, f"its value is {float(value[row])}")
+        wrong.setdefault(row, f"its value is {float(value[row].detach())}")
     return torch.where(value.isfinite(), value, torch.nan), wrong
 
 
@@ -202,9 +209,9 @@ def _kept(image: Tensor, folder: Path | None, name: str) -> str:
         return ""
     path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
     try:
-        pixels = image.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu()
+        pixels = image.detach().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().byte()
         stream = io.BytesIO()
-        Image.fromarray(pixels.numpy()).save(stream, "PNG")
+        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(stream, "PNG")
         write_atomically(path, stream.getvalue())
     except Exception as error:
         return f" (which could not be kept as {path}: {_sentence(error)})"

@@ -16,7 +16,8 @@ from sdeblend.baselines.union import sample_union
 from sdeblend.blend import Blend
 from sdeblend.noise import BatchNoise
 from sdeblend.score import CountingStack
-from sdeblend.steps import ExponentialMultistep
+from sdeblend.solve import solve
+from sdeblend.steps import Ancestral, EulerMaruyama, ExponentialMultistep
 from tests.strategies import generator, refuses
 from toy import GaussianMixture, MixtureStack, QuadraticReward, mixture_score
 from toy.problems import line2
@@ -99,6 +100,70 @@ def test_code_climbs_and_costs_what_it_says():
     assert abs(float(floor.mean()) - PROBLEM.base.mean_reward(RIGHT)) < 5 * float(floor.std()) / math.sqrt(len(x))
 
 
+def failing(reward, wrong):
+    """Return a reward that has no value where ``wrong`` says so."""
+    return lambda x: torch.where(wrong(x), torch.nan, reward(x))
+
+
+@pytest.mark.parametrize("search", ["code", "best of n"])
+def test_a_search_never_prefers_a_candidate_whose_reward_failed(search):
+    def chosen(reward):
+        options = {"noise": BatchNoise(generator(1))}
+        if search == "code":
+            return code(base_sde(), starts(60), GRID, reward, candidates=4, block=30, **options)
+        return best_of_n(base_sde(), starts(240).reshape(60, 4, 1), GRID, reward, **options)
+
+    def too_far(x):
+        return x[:, 0] > 0.5
+
+    drawn = chosen(failing(RIGHT, too_far))
+    avoided = chosen(lambda x: torch.where(too_far(x), -1e9, RIGHT(x)))
+    assert torch.equal(drawn.samples, avoided.samples) and not drawn.paired
+    assert float(too_far(chosen(RIGHT).samples).double().mean()) > 0.5 > float(too_far(drawn.samples).double().mean())
+    refuses(lambda: chosen(lambda x: x[:, 0] * torch.nan), "finite for at least one", kind=FloatingPointError)
+
+
+@pytest.mark.parametrize("potential", ["difference", "maximum", "sum"])
+def test_steering_gives_no_weight_to_particles_whose_reward_failed(potential):
+    def steered(reward, count=400, threshold=0.5):
+        return steer(
+            base_sde(), starts(count), GRID, reward, 0.5, noise=BatchNoise(generator(1)), generator=generator(2),
+            potential=potential, every=20, threshold=threshold,
+        )  # fmt: skip
+
+    for threshold in (0.5, 1e-6):  # with resampling, and without
+        drawn = steered(failing(RIGHT, lambda x: x[:, 0] < 0), threshold=threshold)
+        weights = drawn.log_weights.softmax(0)
+        left = drawn.samples[:, 0] < 0
+        assert bool(weights.isfinite().all()) and float(weights[left].sum()) == 0.0
+        assert 2 <= drawn.effective <= 400
+    assert bool((steered(RIGHT).samples < 0).any())
+    calls = iter([[0, 1], [1, 0]])
+
+    def in_turn(x):
+        return torch.tensor(next(calls)) == 1  # each of the two once, and never both
+
+    refuses(lambda: steered(failing(RIGHT, in_turn), 2, 1e-6), "one of 2 particles", "step 40", kind=FloatingPointError)
+
+
+def test_guidance_leaves_alone_what_its_reward_fails_on():
+    def base(x, t):
+        return PROBLEM.base.noised(SCHEDULE, t).score(x)
+
+    def guided(reward):
+        return RewardGuidance(base, SCHEDULE, {"r": reward}, {"r": 1.0}, 2.0)(x, GRID[30])
+
+    def first(x):
+        return torch.arange(len(x)) == 0
+
+    x = starts(5)
+    # The root's slope at the first, infinite, is there whatever the mask says.
+    found = guided(failing(lambda y: RIGHT(y) + (y[:, 0] - y[:, 0].detach()).where(first(y), 1.0).sqrt(), first))
+    torch.testing.assert_close(found[1:], guided(RIGHT)[1:])
+    assert torch.equal(found[:1], base(x, GRID[30])[:1])
+    refuses(lambda: guided(lambda y: y[:, 0] * torch.nan), "finite for at least one", kind=FloatingPointError)
+
+
 def test_guidance_is_the_gradient_of_the_predicted_reward():
     base, t = GaussianMixture([1.0], [[0.4]], [0.5]), torch.tensor(0.3, dtype=torch.float64)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).unsqueeze(-1)
@@ -150,6 +215,22 @@ def test_a_union_is_the_mixture_of_its_members():
     swapped = 0.7 * exact_right(members[0]) + 0.3 * exact_right(members[1])
     assert abs(p - swapped) > 5 * error + 0.005
     assert drawn.model_calls == 2 * 200 and 0 <= drawn.facts["entropy"] < math.log(2)
+
+
+@pytest.mark.parametrize("step", [Ancestral(), Ancestral(eta=0.5), ExponentialMultistep(), EulerMaruyama()])
+def test_a_union_keeps_the_solvers_step(step):
+    laws = [PROBLEM.member("right", 0.25), PROBLEM.member("left", 0.25)]
+    stack, x, grid = MixtureStack(laws, SCHEDULE), starts(20_000), time_grid(SCHEDULE, 200, "log-snr")
+    drawn = sample_union(stack, SCHEDULE, x, grid, [0.3, 0.7], noise=BatchNoise(generator(1)), step=step).samples
+    p, error = share_right(drawn)
+    assert abs(p - 0.3 * exact_right(laws[0]) - 0.7 * exact_right(laws[1])) < 5 * error
+    # A single member is sampled as it is alone.
+    alone = sample_union(stack, SCHEDULE, x, grid, [0.0, 1.0], noise=BatchNoise(generator(1)), step=step).samples
+    sde = BackwardSDE(SCHEDULE, mixture_score(laws[1], SCHEDULE))
+    same = solve(sde, x, grid, noise=BatchNoise(generator(1)), step=step).samples
+    torch.testing.assert_close(alone, same, rtol=1e-6, atol=1e-6)
+    still = ExponentialMultistep(stochastic=False)
+    refuses(lambda: sample_union(stack, SCHEDULE, x, grid, [1.0, 1.0], noise=None, step=still), "a step with noise")
 
 
 def control_error(mixtures, coefficients, target, t):

@@ -69,6 +69,14 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, old, new, parts):
     refuses(lambda: plan_of(tmp_path, GOOD.replace(old, new)), "c.toml", *parts)
 
 
+def test_how_results_are_told_is_read(tmp_path):
+    report = '[report]\nnote = "at 100 steps"\norder = ["mpa", "<= code"]\n[methods.code]'
+    plan = plan_of(tmp_path, GOOD.replace("[methods.code]", report))
+    assert plan.report["note"] == "at 100 steps" and plan.report["order"] == ["mpa", "<= code"]
+    wrong = GOOD.replace("[methods.code]", "[report]\nnote = 3\n[methods.code]")
+    refuses(lambda: plan_of(tmp_path, wrong), "[report] note must be a string")
+
+
 def test_configurations_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "soup").mkdir()  # a folder of that name, of results say, is no configuration

@@ -10,9 +10,10 @@ from sdeblend.evaluate.measures import (
     Resampled,
     Sample,
     bootstrap_counts,
+    cell_weights,
     hypervolume,
     hypervolumes,
-    over_replicates,
+    over_cells,
     pareto_front,
     placements,
 )
@@ -132,8 +133,48 @@ def test_hypervolume_of_known_fronts():
 
 def test_replicates_have_students_interval():
     data = [0.3, 0.5, 0.2, 0.45]
-    got = over_replicates(data)
+    got, over = over_cells(data, "aaaa", [""] * 4)
     expected = stats.ttest_1samp(data, 0).confidence_interval(0.95)
-    assert (got.low, got.high) == pytest.approx((expected.low, expected.high))
-    alone = over_replicates([0.3])
-    assert alone.value == 0.3 and math.isnan(alone.low) and not alone.excludes(5)
+    assert (got.low, got.high) == pytest.approx((expected.low, expected.high)) and over == "blocks"
+    alone, over = over_cells([0.3], "a", [""])
+    assert alone.value == 0.3 and math.isnan(alone.low) and not alone.excludes(5) and over == ""
+    assert over_cells(data, "aaaa", "pqrs") == (got, "prompts")
+    # Blocks of a prompt are no replicates of each other.
+    twice, over = over_cells(np.repeat(data, 2), "a" * 8, "ppqqrrss")
+    assert (twice.low, twice.high) == pytest.approx((got.low, got.high)) and over == "prompts"
+
+
+def test_variants_are_strata_of_a_distance():
+    data = np.array([0.1, 0.2, 5.0, 5.1, 9.0, 9.3])
+    got, over = over_cells(data, "aabbcc", [""] * 6)
+    assert got.value == pytest.approx(data.mean()) and over == "blocks within variants"
+    # With two variants the difference of their means has the same error: Welch's test knows it.
+    pair, _ = over_cells([*data[:2], *-data[2:4]], "aabb", [""] * 4)
+    expected = stats.ttest_ind(data[:2], data[2:4], equal_var=False).confidence_interval(0.95)
+    assert (2 * pair.low, 2 * pair.high) == pytest.approx((expected.low, expected.high))
+    # What variants differ by is no error, unless they are all there is.
+    shifted, _ = over_cells(data + 40 * np.repeat([0, 1, 2], 2), "aabbcc", [""] * 6)
+    assert shifted.high - shifted.low == pytest.approx(got.high - got.low)
+    means, over = over_cells(data[:5], "aabbc", [""] * 5)
+    expected = stats.ttest_1samp([0.15, 5.05, 9.0], 0).confidence_interval(0.95)
+    assert (means.low, means.high) == pytest.approx((expected.low, expected.high)) and over == "variants"
+    assert cell_weights("aabbc", [""] * 5) @ data[:5] == pytest.approx(means.value)
+    assert cell_weights("aaab", "ppqp").tolist() == [1 / 8, 1 / 8, 1 / 4, 1 / 2]
+    same, _ = over_cells([2.0, 2.0, 3.0, 3.0], "aabb", [""] * 4)
+    assert (same.value, same.low, same.high) == (2.5, 2.5, 2.5)
+
+
+def test_intervals_over_strata_cover_and_pooled_ones_do_not():
+    rng, trials = np.random.default_rng(5), 600
+    spread = np.repeat([1.0, 2.0, 4.0], 2)
+    draws = rng.normal(size=(trials, 6)) * spread
+
+    def covered(interval):
+        return sum(one.low <= 0 <= one.high for one in map(interval, draws)) / trials
+
+    error = math.sqrt(0.95 * 0.05 / trials)
+    # Welch's degrees of freedom are few and err on the safe side.
+    assert covered(lambda x: over_cells(x, "aabbcc", [""] * 6)[0]) > 0.95 - 3 * error
+    wide = covered(lambda x: over_cells(x + 30 * np.repeat([-1, 0, 1], 2), "aaaaaa", [""] * 6)[0])
+    narrow = covered(lambda x: over_cells(x, "aabbcc", [""] * 6, 0.8)[0])
+    assert wide == 1 and narrow < 0.95 - 3 * error  # the controls: variants pooled, and another confidence

@@ -1,14 +1,20 @@
 """Methods on a mixture: what each says it costs is what it evaluates, and all see the same noise."""
 
+import runpy
+
 import pytest
 import torch
 
+from sdeblend.baselines.drawn import Drawn
 from sdeblend.config import check_keys
 from sdeblend.evaluate.backend import Wanted
-from sdeblend.evaluate.draws import Draws
+from sdeblend.evaluate.config import _OPTIONS, load_plan
+from sdeblend.evaluate.draws import Draws, philox
 from sdeblend.evaluate.methods import METHODS, NotApplicable
+from sdeblend.evaluate.rows import Folder
+from sdeblend.evaluate.run import World, evaluate
 from sdeblend.select import select_members
-from tests.strategies import generator
+from tests.strategies import generator, refuses
 from toy import MixtureStack
 from toy.evaluate import MixtureCase, build
 
@@ -105,7 +111,8 @@ def test_methods_that_must_agree_do():
     corner, case = Wanted({"right": 0.0, "up": 1.0}), watched()
     exact = sampled("exact", case, corner).samples
     # A corner is a member: blending, picking and tuning for it are the same, on the same noise.
-    for name in ("mpa", "kla", "ls-systematic", "ls-independent", "pairwise", "quadratic", "composite", "over-time"):
+    for name in ("mpa", "kla", "ls-systematic", "ls-independent", "pairwise", "quadratic", "composite", "over-time",
+                 "union"):  # fmt: skip
         torch.testing.assert_close(sampled(name, case, corner).samples, exact, rtol=1e-3, atol=1e-3)
     apart = sampled("mpa", case, UNEQUAL).samples - sampled("exact", case, UNEQUAL).samples
     assert float(apart.abs().mean()) > 0.01
@@ -144,6 +151,8 @@ def test_a_method_says_why_it_does_not_apply(name, wanted, reason):
 def test_a_correction_needs_noise():
     with pytest.raises(NotApplicable, match="noise"):
         sampled("mpa-corrected", watched(solver="dpm-2m"))
+    with pytest.raises(NotApplicable, match="a solver that has some"):
+        sampled("union", watched(solver="dpm-2m"))
     assert sampled("mpa", watched(solver="dpm-2m")).facts == {}
 
 
@@ -158,7 +167,7 @@ def test_distances_see_the_target_and_not_another():
     for law, near in ((target, True), (other, False)):
         drawn = sampled("base", case)
         drawn = type(drawn)(law.sample(n, generator=generator(1)), 0)
-        for name, distance in case.measure(drawn, UNEQUAL, "target").items():
+        for name, distance in case.measure(drawn, UNEQUAL).items():
             assert (abs(distance.value - distance.floor) < 5 * distance.floor_sd) == near, name
 
 
@@ -169,17 +178,27 @@ def test_weighted_distances_undo_their_weights():
     log_weights = case.problem.reward(wanted.weights)(base) / case.problem.kl_weight
     drawn = type(sampled("base", watched()))(base, 0, log_weights=log_weights)
     plain = type(drawn)(base, 0)
-    weighed, unweighed = (case.measure(d, wanted, "target") for d in (drawn, plain))
+    weighed, unweighed = (case.measure(d, wanted) for d in (drawn, plain))
     assert set(weighed) == {"mode TV", "sliced W2", "KL"}
     for name in weighed:
         assert weighed[name].value < unweighed[name].value / 4, name
 
 
-def test_the_union_is_measured_against_the_mixture_of_members():
-    case = watched(kl_weights=[0.5])
-    drawn = type(sampled("base", watched()))(case.union(UNEQUAL).sample(2000, generator=generator(0)), 0)
-    near, far = (case.measure(drawn, UNEQUAL, goal)["sliced W2"] for goal in ("union", "target"))
-    assert abs(near.value - near.floor) < 5 * near.floor_sd and far.value > far.floor + 5 * far.floor_sd
+def test_the_union_has_another_law_and_says_so():
+    case, wanted = watched(kl_weights=[0.5], steps=50), UNEQUAL
+    drawn = METHODS["union"].sample(case, wanted, Draws(0, "", range(4000)), {})
+    x = case.problem.base.sample(400_000, generator=generator(1))
+    values = {name: reward(x) for name, reward in case.problem.rewards.items()}
+    weights = sum(w * (values[name] / case.kl_weight).exp() for name, w in wanted.weights.items())
+    weights = weights / weights.sum()
+    for name, found in case.rewards(drawn.samples).items():
+        # p_base sum_i w_i exp(r_i / alpha), and not the target that its distances are taken to.
+        error = float(found.std()) / 4000**0.5
+        assert abs(float(found.mean() - weights @ values[name])) < 5 * error
+        assert abs(float(found.mean()) - case.expected(wanted)[name]) > 5 * error
+    assert not METHODS["union"].aims
+    far = case.measure(drawn, wanted)["sliced W2"]
+    assert far.value > far.floor + 5 * far.floor_sd
 
 
 def test_the_reward_of_das_is_split_and_its_target_kept():
@@ -211,3 +230,105 @@ def test_moved_is_the_distance_to_the_base_on_the_same_noise():
     assert case.describe(blend, draws)["moved"] == pytest.approx(float(by_hand), rel=1e-6) and by_hand > 0.1
     others = Draws(0, "", range(BATCH, 2 * BATCH))
     assert case.describe(base, others)["moved"] > 1  # other noise is not the same pair
+
+
+def test_moved_sets_a_resampled_sample_against_the_start_it_descends_from():
+    case, draws = watched(), Draws(0, "", range(BATCH))
+    base = sampled("base", case).samples
+    ancestors = torch.arange(BATCH).div(3, rounding_mode="floor")
+    log_weights = torch.randn(BATCH, generator=generator(1), dtype=torch.float64)
+    shift = torch.linspace(0, 1, BATCH).unsqueeze(1)
+    found = case.describe(Drawn(base[ancestors] + shift, 0, log_weights=log_weights, ancestors=ancestors), draws)
+    assert found["moved"] == pytest.approx(float(log_weights.softmax(0) @ shift[:, 0].double()), rel=1e-5)
+    for name in ("code", "best-of-n"):
+        assert case.describe(sampled(name, case), draws) == {}
+    for name in ("mpa-corrected", "steer-difference"):
+        assert case.describe(sampled(name, case), draws)["moved"] > 0
+
+
+CONFIG = """
+[backend]
+kind = "mixture"
+problems = ["ring8"]
+steps = 6
+[grid]
+methods = ["mpa", "code", "best-of-n", "steer-difference", "guidance"]
+seeds = 20
+[methods.code]
+candidates = 3
+[methods.best-of-n]
+candidates = 3
+[methods.guidance]
+gamma = 0.1
+[methods.steer-difference]
+threshold = 0.7
+"""
+
+
+def plan_of(tmp_path, text=CONFIG):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    return load_plan(file)
+
+
+def heads(path):
+    cells = [Folder(path).read(key)[0] for key in Folder(path).stored()]
+    return {head["method"]: head for head in cells}
+
+
+def test_a_reward_that_raises_costs_the_methods_that_ask_it_alone(tmp_path, monkeypatch):
+    def broken(x):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(MixtureCase, "reward", lambda self, name: broken)
+    plan = plan_of(tmp_path)
+    for resume in (False, True):
+        notes = evaluate(plan, Folder(tmp_path / "out"), processes=World(), resume=resume)
+        assert notes == ([] if resume else [f"{n} on ring8: RuntimeError: out of memory" for n in plan.methods[1:]])
+    found = heads(tmp_path / "out")
+    assert len(found) == 5 and "failed" not in found["mpa"]
+    assert {found[name]["failed"] for name in plan.methods[1:]} == {"RuntimeError: out of memory"}
+
+
+def test_no_method_is_charged_for_random_numbers(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def slow(counter, key):
+        now[0] += 1.0
+        return philox(counter, key)
+
+    monkeypatch.setattr("sdeblend.evaluate.draws.perf_counter", lambda: now[0])
+    monkeypatch.setattr("sdeblend.evaluate.draws.philox", slow)
+    evaluate(plan_of(tmp_path), Folder(tmp_path / "out"), processes=World())
+    assert now[0] > 10 and {head["seconds"] for head in heads(tmp_path / "out").values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("[methods.code]\ncandidates = 3", "[methods.code]\ncandidates = 1", ["[methods.code] candidates", "2, got 1"]),
+        ("[methods.code]", "[methods.code]\nblock = 0", ["[methods.code] block must be at least 1, got 0"]),
+        ("[methods.best-of-n]\ncandidates = 3", "[methods.best-of-n]\ncandidates = 0", ["best-of-n] candidates"]),
+        ("threshold = 0.7", "every = 0", ["[methods.steer-difference] every must be at least 1, got 0"]),
+        ("threshold = 0.7", "threshold = 1.5", ["threshold must be above 0 and at most 1, got 1.5"]),
+        ("gamma = 0.1", "gamma = -0.1", ["[methods.guidance] gamma must be at least 0", "-0.1"]),
+        ("gamma = 0.1", "scale = -1.0", ["[methods.guidance] scale must be at least 0", "-1"]),
+    ],
+)
+def test_options_that_cannot_serve_are_refused_before_anything_runs(tmp_path, old, new, parts):
+    assert old in CONFIG
+    refuses(lambda: plan_of(tmp_path, CONFIG.replace(old, new)), "c.toml", *parts)
+
+
+def test_every_option_has_its_values_checked():
+    assert {key for method in METHODS.values() for key in method.options} == set(_OPTIONS)
+
+
+def test_accelerates_entry_tells_what_the_command_tells(monkeypatch, capsys):
+    def diverges(argv):
+        raise FloatingPointError("the state must stay finite")
+
+    monkeypatch.setattr("sdeblend.evaluate.command.main", diverges)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sdeblend.evaluate", run_name="__main__")
+    assert ended.value.code == 2 and capsys.readouterr().err == "sdeblend.evaluate: the state must stay finite\n"

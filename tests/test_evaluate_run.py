@@ -1,6 +1,8 @@
 """The results folder: killed, resumed, damaged, shared by processes, and told again from its rows alone."""
 
+import errno
 import gzip
+import importlib.metadata
 import json
 import os
 import signal
@@ -10,14 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from sdeblend.cli import main as cli
 from sdeblend.evaluate.command import main
 from sdeblend.evaluate.compare import main as compare
 from sdeblend.evaluate.config import load_plan
 from sdeblend.evaluate.rows import Folder
-from sdeblend.evaluate.run import World, evaluate
+from sdeblend.evaluate.run import World, evaluate, manifest
 from sdeblend.evaluate.summary import load, summarise
 from sdeblend.evaluate.tables import markdown
+from stablediffusion.rewards import REWARDS, ImageReward
 from tests.strategies import refuses
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +189,127 @@ def test_another_configuration_is_refused(whole, tmp_path):
     told = config(tmp_path, **{'reference = "mpa"': 'reference = "code"'})
     assert run(told, out, resume=True) == [] and Folder(out).manifest()["report"]["reference"] == "code"
     assert run(file, out, resume=True) == []
+
+
+def test_what_a_kill_leaves_of_a_manifest_is_no_other_file(tmp_path):
+    file, out = config(tmp_path, methods=["mpa"]), tmp_path / "out"
+    out.mkdir()
+    (out / ".0123456789abcdef.part").write_text('{"form')
+    assert run(file, out) == [] and run(file, out, resume=True) == []
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".hidden").write_text("mine")
+    refuses(lambda: run(file, tmp_path / "other"), "empty or a results folder")
+
+
+@pytest.mark.parametrize("when", [8, 9])
+def test_a_full_disk_costs_the_cell_in_progress_alone(tmp_path, monkeypatch, capsys, when):
+    file, out, sync, seen = config(tmp_path, methods=["mpa"]), tmp_path / "out", os.fsync, []
+
+    def full(number):
+        # The manifest, then rows and head of each cell; the disk is full on rows or on a head.
+        seen.append(number)
+        if len(seen) >= when:
+            os.ftruncate(number, 10)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert cli(["evaluate", str(file), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(out) in line and "No space left on device; finished cells are stored" in line and "--resume" in line
+    folder = Folder(out)
+    assert len(folder.stored()) == 3 and all(folder.damage(key) is None for key in folder.stored())
+    assert not list(out.rglob("*.part"))
+    assert run(file, out, resume=True) == []
+    run(file, tmp_path / "whole")
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_versions_are_pinned(whole, tmp_path, monkeypatch):
+    file, out = whole
+    version = importlib.metadata.version
+    pinned = Folder(out).manifest()["fixed"]
+    for name in ("sdeblend", "torch", "diffusers", "transformers", "peft", "numpy", "scipy", "pillow", "moocore"):
+        assert pinned[f"version.{name}"] == version(name)
+        monkeypatch.setattr(importlib.metadata, "version", lambda n, name=name: "0" if n == name else version(n))
+        refuses(lambda: run(file, out, resume=True), f"version.{name} was", "now \"0\"")
+
+    def lacking(name):
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", lacking)
+    plan = load_plan(file)
+    assert "version.peft" not in manifest(plan, plan.backend())["fixed"]
+
+
+PIPELINE = """
+[backend]
+kind = "pipeline"
+prompts = "{prompts}"
+report = ["align", "learned"]
+steps = 2
+[backend.members]
+compress = "compress"
+vivid = "vivid"
+[backend.scales]
+vivid = 0.5
+[grid]
+methods = ["mpa"]
+seeds = 2
+"""
+
+
+class Learned:
+    """A reward with weights."""
+
+    def __init__(self, weight):
+        self.top = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.top.weight, weight)
+        torch.nn.init.zeros_(self.top.bias)
+
+    def __call__(self, images, condition):
+        return self.top(images.mean((1, 2, 3))[:, None])[:, 0]
+
+
+def test_a_pipeline_is_pinned_to_its_prompts_networks_and_scales(tmp_path, monkeypatch):
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "c.toml"
+    prompts.write_text("a ring\n")
+    file.write_text(PIPELINE.format(prompts=prompts))
+    plan = load_plan(file)
+
+    def pinned(weight=1.0, change=""):
+        monkeypatch.setitem(REWARDS, "learned", ImageReward("learned", Learned(weight), True, "none"))
+        backend = plan.backend()
+        if change:
+            part = next(backend.pipe.components[change].parameters())
+            part.data.mul_(1.01)
+        return manifest(plan, backend)
+
+    first = pinned()
+    folder = Folder(tmp_path / "out")
+    folder.open(first, resume=False)
+    folder.open(pinned(), resume=True)
+    # Another base is refused by the members, which were not tuned on it.
+    for key, changes in {
+        "vae": {"change": "vae"}, "text_encoder": {"change": "text_encoder"}, "learned top": {"weight": 1.01},
+    }.items():  # fmt: skip
+        other = pinned(**changes)
+        changed = [name for name, value in other["fixed"].items() if first["fixed"][name] != value]
+        assert changed == [f"identity.networks.{key}"]
+        refuses(lambda other=other: folder.open(other, resume=True), f"identity.networks.{key} was")
+    assert {"identity.networks.unet", "identity.networks.scorer"} <= set(first["fixed"])
+    told = {(r["name"], round(r["scale"], 3), r["unit"]) for r in first["rewards"]}
+    assert told == {
+        ("compress", 0.134, "kB of JPEG saved"), ("vivid", 0.5, "colourfulness, pixels in [0, 1]"),
+        ("align", 1.0, "nats, of the bundled model's captions"), ("learned", 1.0, "none"),
+    }  # fmt: skip
+    assert {variant for r in first["rewards"] for variant in r["variants"]} == {"guidance 1.5"}
+    # The file of prompts has the same name and says something else.
+    prompts.write_text("a square\n")
+    refuses(lambda: folder.open(pinned(), resume=True), "prompts was [\"a ring\"], now [\"a square\"]")
 
 
 def test_tables_come_back_from_rows_alone(whole, tmp_path, monkeypatch, capsys):

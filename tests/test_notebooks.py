@@ -24,7 +24,7 @@ FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("*.py"))
 NAMES = {
     "01_blend_two_preferences", "02_why_it_is_not_exact", "03_strength", "04_one_adapter_a_step", "05_solvers",
-    "06_stable_diffusion",
+    "06_stable_diffusion", "07_your_own_members",
 }  # fmt: skip
 MOST_CELLS, MOST_LINES, MOST_BYTES, SECONDS = 20, 10, 1_000_000, 300
 # Folders of one machine; a notebook is read on others.

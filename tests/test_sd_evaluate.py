@@ -2,13 +2,17 @@
 
 import copy
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from sdeblend.baselines.drawn import Drawn
 from sdeblend.cli import main as cli
 from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.config import CONFIGS, load_plan
@@ -38,6 +42,7 @@ TABLE = {
     "half": {"compress": "compress-half"},
     "gradients": {"compress": "compress-smooth"},
 }
+ALONE = {"tuned": None, "pairs": None, "half": None}
 EQUAL, FIRST = Wanted({"compress": 0.5, "vivid": 0.5}), Wanted({"compress": 1.0, "vivid": 0.0})
 
 
@@ -186,6 +191,12 @@ def test_moved_and_diversity(case):
     images = case.decode(drawn.samples)
     pairs = [(images[i] - images[j]).square().mean().sqrt() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert described["base"]["diversity"] == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-4)
+    ancestors = torch.tensor([2, 2, 0])
+    assert case.describe(Drawn(drawn.samples[ancestors], 1.0), draws(case))["moved"] > 1e-3
+    again = case.describe(Drawn(drawn.samples[ancestors], 1.0, ancestors=ancestors), draws(case))
+    assert again["moved"] == pytest.approx(0, abs=1e-5)
+    chosen = METHODS["best-of-n"].sample(case, EQUAL, draws(case), {"candidates": 2})
+    assert case.describe(chosen, draws(case)).keys() == {"diversity"}
 
 
 CONFIG = """
@@ -236,6 +247,47 @@ def test_a_run_keeps_images_and_two_processes_equal_one(tmp_path):
     assert list(sheets(stored)) == ["sheet"]
 
 
+OWN = """
+[backend]
+kind = "pipeline"
+path = "{folder}/pipe"
+prompts = ["a ring"]
+guidances = [3.0]
+steps = 3
+dtype = "{dtype}"
+members = {{ compress = "{folder}/0.safetensors", vivid = "{folder}/1.safetensors" }}
+gradients = {{ compress = "vivid" }}
+[grid]
+methods = ["mpa", "base", "exact", "mpa-corrected", "mpa-reweighted", "ls-systematic", "soup", "soup-factors", "switch",
+           "union", "code", "best-of-n", "guidance", "steer-difference"]
+seeds = 2
+[methods]
+code = {{ candidates = 2, block = 2 }}
+best-of-n = {{ candidates = 2 }}
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pipeline_of_ones_own_is_evaluated(tmp_path, dtype):
+    pipe = tiny_pipeline("sd15", seed=3)
+    pipe.save_pretrained(tmp_path / "pipe")
+    for seed in range(2):
+        path = tiny_lora(pipe, tmp_path / f"{seed}.safetensors", seed=seed, scale=0.5)
+        with safe_open(path, "pt") as file:
+            about = file.metadata() | {"sdeblend.kl_weight": "0.5"}
+        save_file(load_file(path), path, about)
+    assert run(tmp_path, "out", OWN.format(folder=tmp_path, dtype=dtype)) == []
+    folder, moved = Folder(tmp_path / "out"), {}
+    for head, rows in map(folder.read, folder.stored()):
+        name, reason = head["method"], head.get("left_out")
+        assert (reason is None, len(rows)) == ((True, 2) if name != "exact" else (False, 0)), (name, reason)
+        assert all(value is not None for row in rows for value in row["rewards"].values()), name
+        moved[name] = head.get("measures", {}).get("moved")
+    # Two particles are too few to be resampled.
+    unmoved = {"base": 0, "steer-difference": 0, "exact": None, "code": None, "best-of-n": None}
+    assert {name: value for name, value in moved.items() if not value} == unmoved and len(moved) == 14
+
+
 def test_a_reward_that_fails_on_one_image_costs_that_image_alone(tmp_path, monkeypatch):
     def picky(images, condition):
         values = images.mean((1, 2, 3))
@@ -255,8 +307,15 @@ def test_a_reward_that_fails_on_one_image_costs_that_image_alone(tmp_path, monke
     ("changes", "parts"),
     [
         ({"members": None}, ["needs a member for each reward"]),
-        ({"members": {"compress": "nothing.safetensors"}, "tuned": None}, ["nothing.safetensors"]),
-        ({"members": {"beauty": "vivid"}, "tuned": None}, ["reward", "'beauty'"]),
+        ({**ALONE, "members": {"compress": "nothing.safetensors"}}, ["nothing.safetensors"]),
+        ({**ALONE, "members": {"beauty": "vivid"}, "gradients": None}, ["reward", "'beauty'"]),
+        ({**ALONE, "members": {"compress": "compress"}, "pairs": TABLE["pairs"]}, ["pairs must be of none", "vivid'"]),
+        ({"pairs": {"vivid+compress": "morl-50"}}, ["pairs must be of compress+vivid, got 'vivid+compress'"]),
+        ({"half": {"compres": "compress-half"}}, ["half must be of compress, vivid, got 'compres'"]),
+        ({"gradients": {"compres": "vivid"}}, ["[backend.gradients] must be of compress, vivid, got 'compres'"]),
+        ({"gradients": {"compress": 1}}, ["[backend.gradients] compress must be the name of a reward, got 1"]),
+        ({"scales": {"vivd": 2.0}}, ["[backend.scales] must be of compress, vivid, align, correct, got 'vivd'"]),
+        ({"scales": {"vivid": 0.0}}, ["[backend.scales] vivid must be a finite number above 0, got 0.0"]),
         ({"tuned": [{"weights": [1.0], "member": "vivid"}]}, ["a weight for each of compress, vivid"]),
         ({"tuned": [{"member": "vivid"}]}, ["tuned weights is missing"]),
         ({"half": {"compress": 3}}, ["half compress must be a file"]),
@@ -316,14 +375,12 @@ def test_bundled_configurations_are_read_and_those_with_weights_say_what_is_miss
 
 def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case):
     """The target's own drawings have the floor; pictures far above it in reward do not, whatever their mean."""
-    from sdeblend.baselines.drawn import Drawn
-
     wanted, target = FIRST, case._target
     assert target is not None and target["compress"].shape == (512,)
     exact = target["compress"] / case._scale("compress")
     law = (exact / case.kl_weight).softmax(0)
     drawn = METHODS["base"].sample(case, wanted, draws(case, 8), {})
-    found = case.measure(drawn, wanted, "target")["W1 of r(w)"]
+    found = case.measure(drawn, wanted)["W1 of r(w)"]
     by_hand = REWARDS["compress"](case.decode(drawn.samples), None).double() / case._scale("compress")
     levels = (torch.arange(20_000).double() + 0.5) / 20_000
     order = exact.argsort()
@@ -331,9 +388,12 @@ def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case
     own = by_hand.sort().values[(levels * 8).long()]
     assert found.value == pytest.approx(float((own - quantiles).abs().mean()), rel=2e-2, abs=2e-3)
     assert 0 < found.floor < found.value and found.floor_sd > 0
-    assert case.measure(Drawn(drawn.samples, 1.0), wanted, "union") == {}
+    lost = drawn.samples.clone()
+    lost[0] = torch.nan
+    # It stays in its column, for other blocks have it.
+    assert math.isnan(case.measure(Drawn(lost, 1.0), wanted)["W1 of r(w)"].value)
     expected = case.expected(wanted)
     assert expected["compress"] == pytest.approx(float((law * exact).sum()), rel=1e-6)
     assert expected["compress"] > float(exact.mean()) and set(expected) == {"compress", "vivid"}
     none = build(candidates=0)
-    assert none.case(none.variants[0].name, none.prompts[0]).measure(drawn, wanted, "target") == {}
+    assert none.case(none.variants[0].name, none.prompts[0]).measure(drawn, wanted) == {}

@@ -141,7 +141,7 @@ class MixtureCase(Case):
     def stack(self, batch: int) -> MixtureStack:
         return self._stack
 
-    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> dict[str, Tensor]:
+    def rewards(self, samples: Tensor) -> dict[str, Tensor]:
         x = samples.double()
         return {name: reward(x) for name, reward in {**self.problem.rewards, **self.reported}.items()}
 
@@ -179,19 +179,9 @@ class MixtureCase(Case):
         """Return p_base exp(lambda r(w) / alpha) / Z."""
         return self.problem.target(dict(wanted.weights), wanted.strength)
 
-    def union(self, wanted: Wanted) -> GaussianMixture:
-        """Return the mixture of the members, p_base sum_i w_i exp(r_i / alpha) / Z."""
-        shares = [(v, law) for v, law in zip(self.union_weights(wanted), self.problem.members(), strict=True) if v > 0]
-        total = sum(v for v, _ in shares)
-        weights = torch.cat([v / total * law.weights for v, law in shares])
-        # A component may underflow in a member that is far from it.
-        kept = weights > 0
-        means, covariances = (torch.cat([getattr(law, k) for _, law in shares]) for k in ("means", "covariances"))
-        return GaussianMixture(weights[kept] / weights[kept].sum(), means[kept], covariances[kept])
-
-    def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> dict[str, Distance]:
+    def measure(self, drawn: Drawn, wanted: Wanted) -> dict[str, Distance]:
         x, log_w = drawn.samples.double().cpu(), drawn.log_weights
-        found = self._reference(wanted, goal, len(x))
+        found = self._reference(wanted, len(x))
         floors = found.floors(drawn.effective)
         return {name: Distance(v, *floors[name]) for name, v in found.distances(x, log_w).items()}
 
@@ -204,11 +194,12 @@ class MixtureCase(Case):
             return {}
         return {"x": [[float(f"{v:.6g}") for v in row] for row in samples.tolist()]}
 
-    def _reference(self, wanted: Wanted, goal: str, n: int) -> Yardstick:
-        key = (goal, tuple(wanted.weights.items()), wanted.strength, n)
+    def _reference(self, wanted: Wanted, n: int) -> Yardstick:
+        # The word keeps the draws that stored results were measured with.
+        key = ("target", tuple(wanted.weights.items()), wanted.strength, n)
         if key not in self._known:
-            law = self.union(wanted) if goal == "union" else self.target(wanted)
-            self._known = {**dict(list(self._known.items())[-3:]), key: Yardstick(law, n, self._generator(str(key)))}
+            yardstick = Yardstick(self.target(wanted), n, self._generator(str(key)))
+            self._known = {**dict(list(self._known.items())[-3:]), key: yardstick}
         return self._known[key]
 
     def _generator(self, stream: str) -> torch.Generator:

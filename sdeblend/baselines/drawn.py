@@ -13,7 +13,7 @@ from sdeblend.schedule import NoiseSchedule, as_time
 from sdeblend.score import ScoreFunction, restrict_rows
 from sdeblend.steps import Step
 
-# Clean samples (B, *event) -> rewards (B,); bound to its batch if it has ``rows``.
+# Clean samples (B, *event) -> rewards (B,), NaN where it failed; bound to its batch if it has ``rows``.
 Reward = Callable[[Tensor], Tensor]
 
 
@@ -28,6 +28,7 @@ class Drawn:
         reward_calls: reward evaluations a returned sample.
         log_weights: importance weights, (B,); None where samples count alike.
         ancestors: which start each sample descends from, long (B,); None where sample i comes from start i.
+        paired: whether a sample saw the noise that other methods see from its start, resampling apart.
         facts: further numbers worth recording, by name.
     """
 
@@ -37,6 +38,7 @@ class Drawn:
     reward_calls: float = 0.0
     log_weights: Tensor | None = None
     ancestors: Tensor | None = None
+    paired: bool = True
     facts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -51,6 +53,23 @@ class Drawn:
         if self.ancestors is not None:
             weights = torch.zeros(n, dtype=torch.float64).index_add_(0, self.ancestors.cpu(), weights)
         return max(2, int(float(f"{1 / float(weights.square().sum()):.2g}")))
+
+
+def usable(values: Tensor) -> Tensor:
+    """Return rewards as they are compared, (B,): minus infinity where one failed, so that nothing is worse.
+
+    Args:
+        values: (B,), not finite where the reward failed.
+
+    Raises:
+        FloatingPointError: it failed everywhere.
+    """
+    there = values.isfinite()
+    if not bool(there.any()):
+        raise FloatingPointError(
+            f"a reward must be finite for at least one of {len(values)} samples, got none; try it on a sample alone"
+        )
+    return values.masked_fill(~there, -torch.inf)
 
 
 def denoised(schedule: NoiseSchedule, score: ScoreFunction, x: Tensor, t: Tensor) -> Tensor:

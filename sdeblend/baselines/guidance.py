@@ -10,6 +10,8 @@ Predictions in noise say little of the reward, and guidance may be tempered: ste
 by min((1 + gamma)^n - 1, 1) times the scale. The published baseline of Diffusion Blend is normalised, at scale 10 with
 gamma 0.024 over 50 steps.
 
+Where a reward is not finite it does not pull: that sample goes on without it for this step.
+
 Source: Chung et al. 2209.14687 (DPS); Bansal et al. 2302.07121 (universal guidance); Kim et al. 2501.05803 (tempering).
 """
 
@@ -20,7 +22,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Reward
+from sdeblend.baselines.drawn import Reward, usable
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, restrict_rows
 
@@ -62,7 +64,11 @@ class RewardGuidance:
         self.rewards, self.weights = dict(rewards), dict(weights)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the guided score (B, *event) at x (B, *event) and time t."""
+        """Return the guided score (B, *event) at x (B, *event) and time t.
+
+        Raises:
+            FloatingPointError: a reward that is finite for no sample.
+        """
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             score = self.score(point, t)
@@ -70,10 +76,12 @@ class RewardGuidance:
             values = {name: reward(clean) for name, reward in self.rewards.items() if self.weights[name]}
             total = torch.zeros_like(x)
             for place, (name, value) in enumerate(values.items()):
+                column = (-1, *[1] * (x.ndim - 1))
+                there = usable(value).isfinite().reshape(column)
                 (gradient,) = torch.autograd.grad(value.sum(), point, retain_graph=place < len(values) - 1)
+                gradient = torch.where(there, gradient, 0)
                 if self.normalised:
-                    norm = gradient.flatten(1).norm(dim=1).clamp_min(_TINY)
-                    gradient = gradient / norm.reshape(-1, *[1] * (x.ndim - 1))
+                    gradient = gradient / gradient.flatten(1).norm(dim=1).clamp_min(_TINY).reshape(column)
                 total += self.weights[name] * gradient
         scale = self.scale(t) if callable(self.scale) else self.scale
         return score.detach() + scale * total

@@ -3,6 +3,7 @@
 Best of n draws n samples and keeps the one of the highest reward. CoDe does so every few steps: each path is
 continued n times for a block of steps, the continuations are scored by r(E[x_0 | x_t]), and the best one goes on.
 Both sharpen the base by at most log n - (n - 1)/n nats a selection, whatever the KL weight: they have no alpha.
+A candidate whose reward is not finite loses to any other; where all of a path are such, the first goes on.
 
 Source: Singh et al. 2502.00968 (CoDe); Beirami et al. 2401.01879 for the KL of best of n.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn, Reward, advance, denoised, evaluations, repeated
+from sdeblend.baselines.drawn import Drawn, Reward, advance, denoised, evaluations, repeated, usable
 from sdeblend.grid import check_grid
 from sdeblend.noise import NoiseSource
 from sdeblend.score import restrict_rows
@@ -48,6 +49,7 @@ def code(
 
     Raises:
         ValueError: fewer than two candidates or an empty block.
+        FloatingPointError: a selection without a single finite reward.
 
     Source: Singh et al. 2502.00968, Algorithm 1.
     """
@@ -63,12 +65,12 @@ def code(
         many = x.repeat_interleave(candidates, 0)
         many = advance(step, sde.schedule, wide, many, grid[first : last + 1], first, noise)
         predicted = denoised(sde.schedule, wide, many, grid[last])
-        values = scored(predicted).reshape(batch, candidates)
+        values = usable(scored(predicted)).reshape(batch, candidates)
         best = values.argmax(1) + torch.arange(batch, device=x.device) * candidates
         x = many[best]
         calls += candidates * (last - first + (1 if float(grid[last]) else 0))
         rewards += candidates
-    return Drawn(x, calls * per_call, reward_calls=rewards)
+    return Drawn(x, calls * per_call, reward_calls=rewards, paired=False)
 
 
 def best_of_n(
@@ -95,6 +97,7 @@ def best_of_n(
 
     Raises:
         ValueError: fewer than two candidates.
+        FloatingPointError: not a single finite reward.
 
     Source: Stiennon et al. 2009.01325.
     """
@@ -103,6 +106,7 @@ def best_of_n(
     grid = check_grid(grid, sde.schedule)
     batch, candidates = x.shape[:2]
     end = advance(step or Ancestral(), sde.schedule, sde.score, x.flatten(0, 1), grid, 0, noise)
-    best = reward(end).reshape(batch, candidates).argmax(1)
+    best = usable(reward(end)).reshape(batch, candidates).argmax(1)
     samples = end.reshape(x.shape)[torch.arange(batch, device=x.device), best]
-    return Drawn(samples, (len(grid) - 1) * candidates * evaluations(sde.score), reward_calls=candidates)
+    cost = (len(grid) - 1) * candidates * evaluations(sde.score)
+    return Drawn(samples, cost, reward_calls=candidates, paired=False)

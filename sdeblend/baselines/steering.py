@@ -8,7 +8,8 @@ particles are weighted by a product of potentials whose total telescopes to exp(
     sum:        exp(sum_{j<=k} r_j / alpha),
 
 where for the last two the final potential makes up for the others. So with enough particles the weighted samples
-have the law p_base exp(r / alpha) / Z, whatever the potential; with few, the potentials differ.
+have the law p_base exp(r / alpha) / Z, whatever the potential; with few, the potentials differ. Where a reward is
+not finite the potential is zero, and so is the weight from there on.
 
 Source: Singhal et al. 2501.06848 (FK steering); Del Moral 2004.
 """
@@ -20,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn, Reward, advance, denoised, evaluations
+from sdeblend.baselines.drawn import Drawn, Reward, advance, denoised, evaluations, usable
 from sdeblend.correct import effective_sample_size, systematic_resample
 from sdeblend.grid import check_grid
 from sdeblend.noise import NoiseSource
@@ -64,6 +65,7 @@ def steer(
 
     Raises:
         ValueError: an unknown potential, a KL weight that is not positive, or a grid that does not end at 0.
+        FloatingPointError: no particle is left whose rewards were finite.
 
     Source: Singhal et al. 2501.06848, section 3.
     """
@@ -80,26 +82,30 @@ def steer(
     history = given.clone()  # running maximum or sum of predicted rewards over alpha
     if potential == "maximum":
         history -= torch.inf
+    lost = torch.zeros(batch, dtype=torch.bool, device=x.device)  # since the last resampling, by a reward that failed
     calls, rewards, eve = 0, 0, torch.arange(batch, device=x.device)
     for first in range(0, steps, every):
         last = min(first + every, steps)
         x = advance(step, sde.schedule, sde.score, x, grid[first : last + 1], first, noise)
-        value = reward(denoised(sde.schedule, sde.score, x, grid[last])).double() / kl_weight
+        value = usable(reward(denoised(sde.schedule, sde.score, x, grid[last]))).double() / kl_weight
         calls += last - first + (1 if float(grid[last]) else 0)
         rewards += 1
-        if last == steps:
-            residual = residual + value - given
-            break
-        if potential == "difference":
+        if potential == "difference" or last == steps:
             increment = value - given
         else:
             history = torch.maximum(history, value) if potential == "maximum" else history + value
             increment = history
-        given, residual = given + increment, residual + increment
-        if float(effective_sample_size(residual)) < threshold * batch:
+        lost = lost | value.isneginf()
+        if bool(lost.all()):
+            raise FloatingPointError(
+                f"steering needs one of {batch} particles to have had finite rewards only, got none at step {last}; "
+                "take more"
+            )
+        given, residual = given + increment, (residual + increment).masked_fill(lost, -torch.inf)
+        if last < steps and float(effective_sample_size(residual)) < threshold * batch:
             ancestors = systematic_resample(residual, generator)
             x, given, history, eve = x[ancestors], given[ancestors], history[ancestors], eve[ancestors]
-            residual = torch.zeros_like(residual)
+            residual, lost = torch.zeros_like(residual), torch.zeros_like(lost)
     ess = float(effective_sample_size(residual)) / batch
     cost = calls * evaluations(sde.score)
     return Drawn(x, cost, reward_calls=rewards, log_weights=residual, ancestors=eve, facts={"ess": ess})

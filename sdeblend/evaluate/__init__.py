@@ -3,6 +3,8 @@
 config     CONFIG.toml -> plan -> cells         backend   what is sampled: mixtures, images
 methods    DB-MPA and what it is compared with   draws     noise by (prompt, seed, step), the same for all
 run        cells, by one process or many         rows      the results folder
-measures   bootstrap, win rates, hypervolume     summary   stored rows -> numbers
-tables, plotting                                 command, compare
+measures   bootstrap, win rates, hypervolume     report    how results are told
+groups     methods on one preference, paired     fronts    Pareto fronts over preferences
+summary    stored rows -> numbers                tables, plotting, plotting_sheets
+command, compare
 """

@@ -7,6 +7,6 @@ from sdeblend.evaluate.command import main
 
 try:
     sys.exit(main(sys.argv[1:]))
-except (ValueError, TypeError, OSError) as error:
+except (ValueError, TypeError, OSError, FloatingPointError) as error:
     print(f"sdeblend.evaluate: {sentence(error)}", file=sys.stderr)
     sys.exit(2)

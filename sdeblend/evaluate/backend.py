@@ -75,7 +75,7 @@ class Distance:
     """A distance to the exact target.
 
     Attributes:
-        value: of the samples.
+        value: of the samples; NaN if it cannot be told.
         floor: what exact samples of the same number have on average; None if not known.
         floor_sd: standard deviation of that from one set of exact samples to another.
     """
@@ -93,7 +93,8 @@ class Case(ABC):
         schedule, grid, step: the sampler that all methods share.
         like: a tensor (*event) of the dtype and on the device of the state.
         kl_weight: alpha of the members, None if not known.
-        failures: sentences on samples that a reward failed on; the run takes them.
+        failures: sentences on samples that a reward failed on, since the cell began.
+        kept_at: the results folder, below which these samples are kept, and how their names begin; None keeps none.
     """
 
     names: tuple[str, ...]
@@ -103,25 +104,33 @@ class Case(ABC):
     like: Tensor
     kl_weight: float | None = None
     failures: Sequence[str] = ()
+    kept_at: tuple[Path, str] | None = None
     _base: tuple[Draws, Tensor] | None = None
+
+    def begin(self, folder: Path, stem: str) -> None:
+        """Begin a cell: forget the failures of the last one.
+
+        Args:
+            folder: the results folder.
+            stem: of the cell, unique.
+        """
+        self.kept_at, self.failures = (folder, stem), ()
 
     @abstractmethod
     def stack(self, batch: int) -> ScoreStack:
         """Return base and members, for a batch of this many rows."""
 
     @abstractmethod
-    def rewards(self, samples: Tensor, folder: Path | None = None, stem: str = "") -> Mapping[str, Tensor]:
+    def rewards(self, samples: Tensor) -> Mapping[str, Tensor]:
         """Return every reward that is reported, (B,) by name: the members' and others; NaN where it failed.
 
         Args:
             samples: (B, *event).
-            folder: the results folder, below which samples that a reward failed on are kept; None keeps none.
-            stem: of the cell, unique.
         """
 
     @abstractmethod
     def reward(self, name: str) -> Reward:
-        """Return one member's reward as methods see it, clean states (B, *event) -> (B,)."""
+        """Return one member's reward as methods see it, clean states (B, *event) -> (B,), NaN where it failed."""
 
     def differentiable(self, name: str) -> Reward | None:
         """Return one member's reward, or what stands in for it, with a gradient; None if there is none."""
@@ -162,13 +171,12 @@ class Case(ABC):
         """Return v_i of the mixture of members that p_base sum_i w_i exp(r_i / alpha) is; w_i Z_i, if Z_i is known."""
         return list(wanted.weights.values())
 
-    def measure(self, drawn: Drawn, wanted: Wanted, goal: str) -> Mapping[str, Distance]:
-        """Return distances of the samples of one cell to what the method aims at.
+    def measure(self, drawn: Drawn, wanted: Wanted) -> Mapping[str, Distance]:
+        """Return distances of the samples of one cell to the exact target p_base exp(lambda r(w) / alpha).
 
         Args:
             drawn: samples and weights.
             wanted: what was asked for.
-            goal: "target" for p_base exp(lambda r(w) / alpha), "union" for the mixture of members.
         """
         return {}
 
@@ -179,14 +187,13 @@ class Case(ABC):
     def describe(self, drawn: Drawn, draws: Draws) -> Mapping[str, float]:
         """Return further numbers on the samples of one cell, by name; means of them over cells are reported.
 
-        Here ``moved``: the mean distance of a sample to the base's on the same start and step noise, root mean square
-        over its coordinates.
+        Here what ``moved`` returns.
 
         Args:
             drawn: samples and weights.
             draws: what they were drawn with.
         """
-        return {"moved": float((drawn.samples - self.base(draws)).flatten(1).square().mean(1).sqrt().mean())}
+        return moved(drawn, drawn.samples, self.base(draws))
 
     def base(self, draws: Draws) -> Tensor:
         """Return the base's samples (B, *event); those of the last draws are remembered."""
@@ -209,6 +216,27 @@ class Case(ABC):
             stem: of the cell, unique.
         """
         return {}
+
+
+def moved(drawn: Drawn, seen: Tensor, base: Tensor) -> dict[str, float]:
+    """Return ``moved``: how far samples are from the base's on the same start and step noise.
+
+    The weighted mean of the root mean square over coordinates. A sample that was resampled on the way is set against
+    the base's from the start that it descends from; what chose among starts or noises of its own has no such partner,
+    and no ``moved``.
+
+    Args:
+        drawn: samples and weights.
+        seen: the samples as they are compared, (B, ...).
+        base: the base's, (B, ...), one a start.
+    """
+    if not drawn.paired:
+        return {}
+    partners = base if drawn.ancestors is None else base[drawn.ancestors.to(base.device)]
+    each = (seen - partners).flatten(1).square().mean(1).sqrt().double()
+    if drawn.log_weights is None:
+        return {"moved": float(each.mean())}
+    return {"moved": float(drawn.log_weights.to(each).softmax(0) @ each)}
 
 
 class Backend(Protocol):

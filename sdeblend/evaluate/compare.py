@@ -2,8 +2,9 @@
 
     sdeblend compare RESULTS [RESULTS ...] [--out FOLDER]
 
-RESULTS are folders that ``sdeblend evaluate`` wrote. Those of one configuration of the backend are told together
-(methods that were run apart, say), others one after the other. Files go to FOLDER, by default the first of RESULTS.
+RESULTS are folders that ``sdeblend evaluate`` wrote. Those of one configuration of the backend and the same prompts are
+told together (methods that were run apart, say; one that has other options in a later folder has these in its name),
+others one after the other. Files go to FOLDER, by default the first of RESULTS.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
         The exit code, 0.
 
     Raises:
-        ValueError: for a folder without results, or with a damaged cell.
+        ValueError: for a folder without results or with a damaged cell, or for folders told together that have other
+            blocks of seeds.
         OSError: for a file that cannot be read or written.
     """
     parser = argparse.ArgumentParser(prog="sdeblend compare", description=__doc__.partition("\n")[0])

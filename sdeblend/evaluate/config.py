@@ -13,10 +13,8 @@
     seed = 0                    # of all random numbers, together with prompt, seed and step
     [methods.code]              # settings of a method
     candidates = 20
-    [report]
+    [report]                    # how results are told, see ``sdeblend.evaluate.report``
     reference = "mpa"           # what the others are compared with
-    hypervolume_over = "exact"              # whose hypervolume the others' is divided by; the reference's if left out
-    order = ["base", "soup", "mpa"]         # a claim, from the lowest r(w) to the highest: checked pair by pair
     [[published]]               # printed numbers to stand beside: label, group, reward, value, source
 
 A cell is one method, variant, preference, strength, prompt and block of seeds; it is the unit of work and of storage.
@@ -27,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +37,7 @@ from sdeblend.config import REQUIRED, Spec, check_keys, load_toml
 from sdeblend.evaluate.backend import Backend, Variant, Wanted, build
 from sdeblend.evaluate.draws import MAX_SEED
 from sdeblend.evaluate.methods import METHODS
+from sdeblend.evaluate.report import report_settings
 
 FORMAT: Final = 1
 CONFIGS: Final = Path(__file__).parent / "configs"
@@ -61,13 +60,15 @@ _GRID: Spec = {
     "first_seed": (int, 0),
     "seed": (int, 0),
 }
-_REPORT: Spec = {
-    "reference": (str, ""),
-    "resamples": (int, 1000),
-    "confidence": (float, 0.95),
-    "hypervolume_reference": (list[float], []),
-    "hypervolume_over": (str, ""),
-    "order": (list[str], []),
+# The values that serve, whichever method they are for.
+_OPTIONS: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
+    "candidates": ("at least 2", lambda value: value >= 2),
+    "block": ("at least 1", lambda value: value >= 1),
+    "every": ("at least 1", lambda value: value >= 1),
+    "threshold": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "tempering": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "scale": ("at least 0, which stands for 1/kl_weight", lambda value: value >= 0),
+    "gamma": ("at least 0, which stands for none", lambda value: value >= 0),
 }
 _PUBLISHED: Spec = {
     "label": (str, REQUIRED),
@@ -237,31 +238,11 @@ def load_plan(path: Path) -> Plan:
     if not isinstance(kind, str):
         raise ValueError(f"{path}: [backend] kind is missing; give the name of a backend, as \"mixture\"")
     grid = check_keys(top["grid"], _GRID, file=path, section="[grid]")
-    report = check_keys(top["report"], _REPORT, file=path, section="[report]")
     methods = _methods(grid["methods"], path)
     stray = [name for name in top["methods"] if name not in methods]
     if stray:
         raise ValueError(
             f"{path}: [methods.{stray[0]}] must be for one of [grid] methods ({', '.join(methods)}); add it there"
-        )
-    report["reference"] = report["reference"] or methods[0]
-    if report["reference"] not in methods:
-        raise ValueError(
-            f"{path}: [report] reference must be one of {', '.join(methods)}, got {report['reference']!r}"
-        )
-    if report["hypervolume_over"] not in ("", *methods):
-        raise ValueError(
-            f"{path}: [report] hypervolume_over must be one of {', '.join(methods)}, got {report['hypervolume_over']!r}"
-        )
-    strange = [name for name in report["order"] if name not in methods]
-    if strange or len(set(report["order"])) < len(report["order"]) or len(report["order"]) == 1:
-        raise ValueError(
-            f"{path}: [report] order must name two or more of {', '.join(methods)}, each once, got {report['order']}"
-        )
-    if not 0.5 <= report["confidence"] < 1 or report["resamples"] < 100:
-        raise ValueError(
-            f"{path}: [report] needs confidence in [0.5, 1) and at least 100 resamples, got "
-            f"{report['confidence']:g} and {report['resamples']}"
         )
     preferences: list[str | tuple[float, ...]] = []
     for preference in grid["preferences"]:
@@ -275,19 +256,14 @@ def load_plan(path: Path) -> Plan:
         kind=kind,
         table={key: value for key, value in top["backend"].items() if key != "kind"},
         methods=methods,
-        options={
-            name: check_keys(
-                _table(top["methods"], name, path), METHODS[name].options, file=path, section=f"[methods.{name}]"
-            )
-            for name in methods
-        },
+        options={name: _options(top["methods"], name, path) for name in methods},
         preferences=tuple(preferences),
         strengths=tuple(grid["strengths"]),
         seeds=grid["seeds"],
         block=min(grid["block"] or grid["seeds"], grid["seeds"]),
         first_seed=grid["first_seed"],
         seed=grid["seed"],
-        report=report,
+        report=report_settings(top["report"], methods, str(path)),
         published=tuple(
             check_keys(row, _PUBLISHED, file=path, section=f"[[published]] {i}")
             for i, row in enumerate(top["published"], start=1)
@@ -308,11 +284,17 @@ def _methods(names: list[str], path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _table(methods: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+def _options(methods: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """Return the settings of a method, defaults filled in."""
     table = methods.get(name, {})
     if not isinstance(table, dict):
         raise ValueError(f"{path}: [methods] {name} must be a table, got {table!r}; write [methods.{name}]")
-    return table
+    options = check_keys(table, METHODS[name].options, file=path, section=f"[methods.{name}]")
+    for key, value in options.items():
+        what, serves = _OPTIONS[key]
+        if not serves(value):
+            raise ValueError(f"{path}: [methods.{name}] {key} must be {what}, got {value:g}; correct it")
+    return options
 
 
 def _check_grid(grid: Mapping[str, Any], preferences: list[Any], path: Path) -> None:

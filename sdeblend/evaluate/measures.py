@@ -3,6 +3,7 @@
 The unit of resampling is a seed of a prompt: all methods and preferences saw the same start and step noise there, so
 that the same resampled seeds serve them all, and differences are paired. Prompts are resampled first where there are
 several, seeds within them next; variants that are replicates of each other stay (they were chosen, not drawn).
+A distance has one value a block of seeds, whose variance is likewise that within a variant (``over_cells``).
 With log weights w_i the mean of f is sum w_i f_i / sum w_i; samples that were resampled on the way count for the seed
 they descend from, since families and not samples are independent (Lee and Whiteley). Intervals are percentiles.
 
@@ -14,6 +15,8 @@ Source: Efron and Tibshirani 1993, chapters 8 and 13; Lee and Whiteley 2018; DeL
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +44,10 @@ class Interval:
     def excludes(self, number: float) -> bool:
         """Return whether ``number`` lies outside the interval."""
         return not (np.isnan(self.low) or self.low <= number <= self.high)
+
+    def listed(self) -> dict[str, float | None]:
+        """Return it as JSON has it, None for what is not finite."""
+        return {key: v if math.isfinite(v := getattr(self, key)) else None for key in ("value", "low", "high")}
 
 
 def bootstrap_counts(prompts: int, seeds: int, resamples: int, *, seed: int = 0, variants: int = 1) -> np.ndarray:
@@ -205,13 +212,60 @@ def hypervolumes(
     return out
 
 
-def over_replicates(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Return the mean of independent replicates with Student's interval; nan ends for a single one."""
-    data = np.asarray(values, dtype=np.float64)
-    mean, count = float(data.mean()), len(data)
-    if count < 2:
+def cell_weights(variants: Sequence[str], prompts: Sequence[str]) -> Array:
+    """Return what each cell weighs in the mean over variants, prompts within them and blocks within these, (n,)."""
+    blocks = Counter(zip(variants, prompts, strict=True))
+    each = Counter(variant for variant, _ in blocks)
+    return np.array([1 / (len(each) * each[v] * blocks[v, p]) for v, p in zip(variants, prompts, strict=True)])
+
+
+def over_cells(
+    values: Sequence[float], variants: Sequence[str], prompts: Sequence[str], confidence: float = 0.95
+) -> tuple[Interval, str]:
+    """Return the mean of cells, which are blocks of seeds, with Student's interval, and what its replicates are.
+
+    Variants are strata here as in the bootstrap: the variance is that within each of them, between prompts if there are
+    several and else between blocks, and the degrees of freedom are Welch's. Where some variant has a single replicate
+    the variants themselves are the replicates.
+
+    Args:
+        values: of each cell, (n,).
+        variants: of each cell.
+        prompts: of each cell.
+        confidence: of the interval.
+
+    Returns:
+        the mean that ``cell_weights`` gives, and "blocks", "prompts", "blocks within variants", "prompts within
+        variants" or "variants"; "" if there is one cell.
+
+    Source: Welch 1938; Satterthwaite 1946.
+    """
+    within: dict[str, dict[str, list[float]]] = {}
+    for value, variant, prompt in zip(values, variants, prompts, strict=True):
+        within.setdefault(variant, {}).setdefault(prompt, []).append(value)
+    several = any(len(found) > 1 for found in within.values())
+    strata = [
+        np.array([np.mean(blocks) for blocks in found.values()] if several else next(iter(found.values())))
+        for found in within.values()
+    ]
+    over = "prompts" if several else "blocks"
+    if len(strata) > 1 and min(map(len, strata)) < 2:
+        strata, over = [np.array([stratum.mean() for stratum in strata])], "variants"
+    elif len(strata) > 1:
+        over += " within variants"
+    return _student(strata, confidence), over if len(values) > 1 else ""
+
+
+def _student(strata: Sequence[Array], confidence: float) -> Interval:
+    """Return the mean of the means of strata, with the variance within them; nan ends if one has a single value."""
+    mean = float(np.mean([stratum.mean() for stratum in strata]))
+    if min(map(len, strata)) < 2:
         return Interval(mean, float("nan"), float("nan"))
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * data.std(ddof=1) / np.sqrt(count))
+    parts = np.array([stratum.var(ddof=1) / len(stratum) for stratum in strata]) / len(strata) ** 2
+    free = np.array([len(stratum) - 1 for stratum in strata])
+    total = float(parts.sum())
+    freedom = total**2 / float((parts**2 / free).sum()) if total > 0 else float(free.sum())
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * total**0.5
     return Interval(mean, mean - half, mean + half)
 
 

@@ -48,10 +48,9 @@ class Method:
         source: where it is from.
         cost: calls of one model a step and what else, in words; K members of non-zero coefficient.
         options: the keys of its ``[methods.NAME]`` table.
-        goal: what its samples are measured against: "target", p_base exp(lambda r(w) / alpha), or "union", the
-            mixture of members.
-        aims: whether that is its limit as steps and particles grow and members are exact, or its stated
-            approximation; False for methods of another law by construction.
+        aims: whether p_base exp(lambda r(w) / alpha), which all samples are measured against, is its limit as steps and
+            particles grow and members are exact, or its stated approximation; False for methods of another law by
+            construction.
     """
 
     label: str
@@ -59,7 +58,6 @@ class Method:
     source: str
     cost: str
     options: Spec = field(default_factory=dict)
-    goal: str = "target"
     aims: bool = True
 
 
@@ -268,9 +266,12 @@ def _union(case: Case, wanted: Wanted, draws: Draws, options: Options) -> Drawn:
         raise NotApplicable("members are mixed at the strength they were tuned at")
     if any(w < 0 for w in wanted.weights.values()) or not any(wanted.weights.values()):
         raise NotApplicable("it needs weights that are not negative, one of them above 0")
+    if not case.step.stochastic:
+        raise NotApplicable("it follows the members by their noise, and needs a solver that has some")
     x = draws.start(case.like, case.schedule.prior_std())
     weights = [0.0, *case.union_weights(wanted)]
-    return sample_union(case.stack(len(draws)), case.schedule, x, case.grid, weights, noise=draws.noise())
+    stack = case.stack(len(draws))
+    return sample_union(stack, case.schedule, x, case.grid, weights, noise=draws.noise(), step=case.step)
 
 
 _BLEND, _FK = "Cheng et al. 2505.18547", "Singhal et al. 2501.06848"
@@ -336,8 +337,8 @@ METHODS: Final[Mapping[str, Method]] = {
         "1 model call a step", aims=False,
     ),
     "union": Method(
-        "OR of members", _union, "Skreta et al. 2412.17762; target: the mixture of members", "K model calls a step",
-        goal="union",
+        "OR of members", _union, "Skreta et al. 2412.17762; its law is the mixture of members", "K model calls a step",
+        aims=False,
     ),
     "code": Method(
         "CoDe", _code, "Singh et al. 2502.00968", "N model calls a step, N reward calls a block",

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sdeblend.evaluate.measures import Array
 from sdeblend.evaluate.summary import label
 
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
@@ -38,46 +39,55 @@ def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
     fronts = [front for front in summary["fronts"] if len(front["rewards"]) == 2]
     if fronts:
         out["pareto"] = _bytes(_pareto(fronts[:SHOWN], styles))
-    axis = _axis(summary["groups"])
-    if axis is not None:
-        distances = dict.fromkeys(
-            name for group in summary["groups"] for m in group["methods"].values() for name in m["distances"]
-        )
+    distances = dict.fromkeys(
+        name for group in summary["groups"] for m in group["methods"].values() for name in m["distances"]
+    )
+    axes = _axes(summary["groups"])
+    for axis in axes:
+        others = [other for other in axes if other != axis]
         for name in distances:
-            figure = _curves(summary, axis, styles, name, _distance(name))
+            figure = _curves(summary, axis, others, styles, name, _distance(name))
             out[f"{name.lower().replace(' ', '-')}-by-{axis}"] = _bytes(figure)
-        out[f"reward-by-{axis}"] = _bytes(_curves(summary, axis, styles, "mean r(w)", lambda m: m["weighted"]))
+        figure = _curves(summary, axis, others, styles, "mean r(w)", lambda m: m["weighted"])
+        out[f"reward-by-{axis}"] = _bytes(figure)
     if any("win_rate" in m for group in summary["groups"] for m in group["methods"].values()):
         out["win-rates"] = _bytes(_win_rates(summary, styles))
     return out
 
 
-def _axis(groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return what varies most often among the groups: the strength, or a number of the variants."""
-    values = {"strength": {g["strength"] for g in groups}}
-    for key in dict.fromkeys(key for g in groups for key in g["values"]):
-        values[key] = {g["values"].get(key) for g in groups} - {None}
-    best = max(values, key=lambda key: len(values[key]))
-    return best if len(values[best]) > 1 else None
+def _axes(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what varies among the groups: the strength, numbers of the variants."""
+    names = dict.fromkeys(["strength", *(key for group in groups for key in group["values"])])
+    return [name for name in names if len({_at(group, name) for group in groups} - {None}) > 1]
+
+
+def _at(group: Mapping[str, Any], axis: str) -> float | None:
+    place: float | None = group["strength"] if axis == "strength" else group["values"].get(axis)
+    return place
 
 
 def _curves(
-    summary: Mapping[str, Any], axis: str, styles: Mapping[str, Mapping[str, Any]], what: str, get: Curve
-) -> Figure:
-    preferences = list(dict.fromkeys(_preference(g) for g in summary["groups"]))
-    figure, panels = _panels(len(preferences))
-    for axes, preference in zip(panels, preferences, strict=True):
-        own = [g for g in summary["groups"] if _preference(g) == preference]
+    summary: Mapping[str, Any], axis: str, others: Sequence[str], styles: Mapping[str, Mapping[str, Any]], what: str,
+    get: Curve,
+) -> Figure:  # fmt: skip
+    """Return a panel for each preference and each value of what varies besides."""
+    panelled: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for group in summary["groups"]:
+        if (place := _at(group, axis)) is not None:
+            fixed = [(other, value) for other in others if (value := _at(group, other)) is not None]
+            title = ", ".join([_preference(group), *(f"{other.replace('_', ' ')} {value:g}" for other, value in fixed)])
+            panelled.setdefault(title, []).append((place, group))
+    figure, panels = _panels(len(panelled))
+    for axes, (title, own) in zip(panels, panelled.items(), strict=True):
         for name, style in styles.items():
             at: dict[float, list[Mapping[str, Any]]] = {}
-            for group in own:
+            for place, group in own:
                 found = get(group["methods"][name]) if name in group["methods"] else None
                 if found is not None and found["value"] is not None:
-                    place = group["strength"] if axis == "strength" else group["values"].get(axis)
                     at.setdefault(place, []).append(found)
             if not at:
                 continue
-            x = sorted(place for place in at if place is not None)
+            x = sorted(at)
             y = [float(np.mean([found["value"] for found in at[place]])) for place in x]
             axes.plot(x, y, label=label(name), markersize=4, linewidth=1.3, **style)
             # On a logarithmic axis the bands of a distance hide each other; the tables have them.
@@ -87,19 +97,18 @@ def _curves(
                     linewidth=0,
                 )  # fmt: skip
         floors: dict[float, float] = {}
-        for group in own:
-            where = group["strength"] if axis == "strength" else group["values"].get(axis)
+        for place, group in own:
             shown = [f["floor"] for m in group["methods"].values() if (f := get(m)) is not None and "floor" in f]
             if shown:
                 # Weighted samples have a higher one, of as many as they are worth.
-                floors[where] = min(shown)
+                floors[place] = min(shown)
         if floors:
             x = sorted(floors)
             axes.plot(x, [floors[p] for p in x], color="0.6", linewidth=4, alpha=0.5, zorder=0, label="exact samples")
             axes.set_yscale("log")
         if axis == "kl_weight":
             axes.set_xscale("log")
-        axes.set(xlabel=axis.replace("_", " "), ylabel=what, title=preference)
+        axes.set(xlabel=axis.replace("_", " "), ylabel=what, title=title)
     _legend(figure, panels[0])
     figure.suptitle(summary["title"], fontsize=10, x=0.02, horizontalalignment="left")
     return figure
@@ -113,11 +122,18 @@ def _pareto(fronts: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[st
     figure, panels = _panels(len(fronts), *((6.5, 4.6) if len(fronts) == 1 else (4.6, 3.6)))
     for axes, front in zip(panels, fronts, strict=True):
         for name, method in front["methods"].items():
-            points = np.array(method["points"])
-            points = points[np.argsort(points[:, 0])]
-            axes.plot(points[:, 0], points[:, 1], label=label(name), markersize=5, linewidth=1.2, **styles[name])
+            style, points, inside = styles[name], np.array(method["points"]), np.array(method["dominated"])
+            best = points[~inside][np.argsort(points[~inside, 0])]
+            axes.plot(*best.T, label=label(name), markersize=5, linewidth=1.2, **style)
+            # Hollow and beside the line: another preference of the same method dominates them.
+            axes.plot(*points[inside].T, **{**style, "linestyle": "none"}, markersize=5, mfc="white")
+            across, along = (_bars([point[i] for point in method["intervals"]]) for i in (0, 1))
+            axes.errorbar(
+                points[:, 0], points[:, 1], xerr=across, yerr=along, fmt="none", ecolor=style["color"],
+                elinewidth=0.7, alpha=0.5,
+            )  # fmt: skip
         if front["target"]:
-            exact = np.array(front["target"])
+            exact = np.array(sorted(front["target"]))
             axes.plot(*exact.T, color="black", linestyle=":", linewidth=2.5, marker="o", mfc="white", ms=6, zorder=5,
                       label="exact target")  # fmt: skip
         first, second = front["rewards"]
@@ -132,16 +148,23 @@ def _win_rates(summary: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any
     count = max(len(g["methods"]) for g in groups)
     figure, panels = _panels(len(groups), height=0.9 + 0.22 * count)
     for axes, group in zip(panels, groups, strict=True):
-        shown = [(name, m["win_rate"]) for name, m in group["methods"].items() if "win_rate" in m]
+        rates = [(name, m["win_rate"]) for name, m in group["methods"].items() if "win_rate" in m]
+        shown = [(name, rate) for name, rate in rates if rate["value"] is not None]
         for place, (name, rate) in enumerate(reversed(shown)):
-            ends = [[rate["value"] - rate["low"]], [rate["high"] - rate["value"]]] if rate["low"] is not None else None
-            axes.errorbar(rate["value"], place, xerr=ends, fmt="o", markersize=4, color=styles[name]["color"])
+            axes.errorbar(rate["value"], place, xerr=_bars([rate]), fmt="o", markersize=4, color=styles[name]["color"])
         axes.axvline(0.5, color="0.6", linewidth=1, zorder=0)
         axes.set_yticks(range(len(shown)), [label(name) for name, _ in reversed(shown)], fontsize=7)
         axes.set_title(f"{group['group']}, {_preference(group)}, strength {group['strength']:g}", fontsize=8)
         axes.set_xlabel(f"win rate over {label(summary['reference'])}", fontsize=8)
         axes.tick_params(axis="x", labelsize=7)
     return figure
+
+
+def _bars(intervals: Sequence[Mapping[str, Any]]) -> Array:
+    """Return how far each interval reaches below and above its estimate, (2, n), nan where an end is not known."""
+    value, low, high = (np.array([one[key] for one in intervals], dtype=np.float64) for key in ("value", "low", "high"))
+    # A percentile interval may lie beside its estimate, and a bar may not.
+    return np.maximum(np.stack([value - low, high - value]), 0)
 
 
 def _preference(group: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The results folder: one pair of files a finished cell, and a manifest that pins what they are results of.
 
-    manifest.json             configuration, versions, format, what pins the backend
+    manifest.json             configuration, versions, prompts, what pins the backend; scales, format, how it is told
     rows/KEY.jsonl.gz         one row a sample: method, variant, preference, strength, prompt, seed, rewards, ...
     cells/KEY.json            the cell: its costs, distances, seconds, and the hash and number of its rows
 
@@ -69,7 +69,7 @@ class Folder:
         """
         found = self.manifest()
         if found is None:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not all(map(_unfinished, self.path.iterdir())):
                 raise ValueError(f"{self.path}: needs to be empty or a results folder, got other files; choose another")
             write_atomically(self.manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             return
@@ -87,12 +87,20 @@ class Folder:
             write_atomically(self.manifest_file, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
     def write(self, key: str, cell: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Store a finished cell: the rows, then its own file, which says that they are all there."""
+        """Store a finished cell: the rows, then its own file, which says that they are all there.
+
+        Raises:
+            OSError: if they cannot be written; what was stored before stays.
+        """
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
         head = {**cell, "rows": len(rows), "sha256": hashlib.sha256(text).hexdigest()}
-        # Without a time in it, the same rows give the same file.
-        write_atomically(self._rows_file(key), gzip.compress(text, 6, mtime=0))
-        write_atomically(self._cell_file(key), json.dumps(head, ensure_ascii=False, allow_nan=False) + "\n")
+        try:
+            # Without a time in it, the same rows give the same file.
+            write_atomically(self._rows_file(key), gzip.compress(text, 6, mtime=0))
+            write_atomically(self._cell_file(key), json.dumps(head, ensure_ascii=False, allow_nan=False) + "\n")
+        except OSError as error:
+            why = f"{error.strerror or error}; finished cells are stored, and --resume continues once it can be written"
+            raise OSError(error.errno, why, str(self.path)) from error
 
     def started(self, key: str) -> bool:
         """Return whether a cell's own file is there; ``damage`` tells whether it is whole."""
@@ -134,6 +142,11 @@ class Folder:
 
     def _rows_file(self, key: str) -> Path:
         return self.path / "rows" / f"{key}.jsonl.gz"
+
+
+def _unfinished(file: Path) -> bool:
+    """Return whether a file is what a kill leaves of one that was being written."""
+    return file.name.startswith(".") and file.suffix == ".part"
 
 
 def number(value: float) -> float | None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 
 from sdeblend.baselines.drawn import Drawn
 from sdeblend.evaluate.backend import Backend, Case
 from sdeblend.evaluate.config import FORMAT, Cell, Plan
-from sdeblend.evaluate.draws import Draws
+from sdeblend.evaluate.draws import Draws, clock
 from sdeblend.evaluate.methods import METHODS, NotApplicable
 from sdeblend.evaluate.rows import Folder, Row, number
+
+# Whose version may change a number.
+_PACKAGES: Final = (
+    "sdeblend", "torch", "diffusers", "transformers", "peft", "numpy", "scipy", "pillow", "moocore",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,51 @@ def world() -> World:
     return World(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 
+@runtime_checkable
+class Scaled(Protocol):
+    """A backend that reports rewards in units of a scale.
+
+    Attributes:
+        scales: name, scale (what is divided by), unit (of the value before) and variants, one for each reward.
+    """
+
+    scales: Sequence[Mapping[str, Any]]
+
+
 def manifest(plan: Plan, backend: Backend) -> dict[str, Any]:
     """Return what pins the results: what decides the samples, and how they are told."""
-    versions = {f"version.{name}": importlib.metadata.version(name) for name in ("sdeblend", "torch")}
-    identity = {f"identity.{key}": value for key, value in backend.identity.items()}
+    identity = {f"identity.{key}": value for key, value in _flat(backend.identity)}
     return {
         "format": FORMAT,
         "title": plan.title,
-        "fixed": {**plan.fixed(), **versions, **identity},
+        "fixed": {**plan.fixed(), "prompts": list(backend.prompts), **_versions(), **identity},
         "variants": [
             {**asdict(v), "rewards": list(v.rewards), "values": dict(v.values), "group": v.together}
             for v in backend.variants
         ],
         "prompts": list(backend.prompts),
+        "rewards": [dict(reward) for reward in backend.scales] if isinstance(backend, Scaled) else [],
         "report": dict(plan.report),
         "published": [dict(row) for row in plan.published],
     }
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes and measures, as far as it is installed."""
+    found = {}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[f"version.{name}"] = importlib.metadata.version(name)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a tree of mappings, with their path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{head}{key}.")
+        else:
+            yield f"{head}{key}", value
 
 
 def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: World | None = None) -> list[str]:
@@ -121,7 +155,6 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
         if head.get("failed"):
             notes.append(f"{cell.method} on {cell.variant}: {head['failed']}")
         notes += held[1].failures
-        held[1].failures = []
         folder.write(key, {"index": index, **head}, rows)
     processes.wait()
     return notes
@@ -133,22 +166,25 @@ def compute(
     """Sample one cell and measure it.
 
     Returns:
-        what is said of the cell, and its rows; no rows if the method does not apply ("left_out") or its state is no
-        longer finite ("failed").
+        what is said of the cell, and its rows; no rows if the method does not apply ("left_out") or ends in an error,
+        its own or a reward's ("failed").
     """
     method, wanted = METHODS[cell.method], cell.wanted
-    start = time.perf_counter()
+    case.begin(folder.path, key)
     try:
+        # Wanted in the end, and remembered: what is prepared for a first run falls to no method.
+        case.base(draws)
+        start = clock() - draws.seconds
         drawn = method.sample(case, wanted, draws, plan.options[cell.method])
+        seconds = clock() - draws.seconds - start
     except NotApplicable as reason:
         return {**cell.spec(), "left_out": str(reason)}, []
-    except FloatingPointError as error:
-        return {**cell.spec(), "failed": str(error)}, []
-    seconds = time.perf_counter() - start
+    except Exception as error:
+        return {**cell.spec(), "failed": _why(error)}, []
     if not bool(drawn.samples.isfinite().all()):
         bad = int((~drawn.samples.isfinite()).flatten(1).any(1).nonzero()[0])
         return {**cell.spec(), "failed": f"sample {bad} is not finite"}, []
-    distances, measures = case.measure(drawn, wanted, method.goal), case.describe(drawn, draws)
+    distances, measures = case.measure(drawn, wanted), case.describe(drawn, draws)
     head = {
         **cell.spec(),
         "model_calls": drawn.model_calls,
@@ -166,8 +202,16 @@ def compute(
     return head, _rows(cell, case, drawn, folder, key)
 
 
+def _why(error: Exception) -> str:
+    """Return what went wrong, one phrase: the type, unless it is a number that is not finite, and the first line."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, FloatingPointError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
+
+
 def _rows(cell: Cell, case: Case, drawn: Drawn, folder: Folder, key: str) -> list[Row]:
-    found = case.rewards(drawn.samples, folder.path, key)
+    found = case.rewards(drawn.samples)
     rewards = {name: value.detach().double().cpu().tolist() for name, value in found.items()}
     log_weights = [0.0] * cell.count
     if drawn.log_weights is not None:
