@@ -34,7 +34,7 @@ class Knobs:
 
     Attributes:
         calls: denoiser calls that came through the blend.
-        evaluations: member evaluations, one a member and image, over all calls of the last run.
+        evaluations: of networks, one a member (or soup) and image, over all calls of the last run.
     """
 
     def __init__(
@@ -167,10 +167,11 @@ class Knobs:
         """Evaluate the blend in place of the denoiser."""
         self.calls += 1
         self.follow_scheduler()
-        if self.mode in SOUPS:
-            return original(*args, **kwargs)
         branches = 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 1
         x = self._stack.bind(args, kwargs, branches)
+        if self.mode in SOUPS:
+            self.evaluations += len(x)
+            return original(*args, **kwargs)
         self._advance(self._stack.arguments["timestep"])
         place = torch.tensor(float(self._place), dtype=torch.float64)
         if self.mode == "ls":

@@ -281,3 +281,11 @@ def test_fused_and_cached_networks_are_refused(tmp_path):
     flux.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="disable_cache"), blend(flux, members, HALVES):
         pass
+
+
+def test_a_soup_costs_one_evaluation_a_call_and_image(tmp_path):
+    pipe, members, _ = with_members(tmp_path)
+    with blend(pipe, members, HALVES, mode="soup") as knobs:
+        for images in (2, 3):  # each run counts for itself
+            call(pipe, steps=4, num_images_per_prompt=images, generator=[seeded(i) for i in range(images)])
+            assert knobs.evaluations == 4 * images
