@@ -200,11 +200,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = tune(name, chosen, arguments.work / "states", folder / f"{name}.safetensors")
         write_atomically(arguments.work / f"{name}.json", json.dumps(facts) + "\n")
         print(name, facts)
-    # late: it reads this module's recipes
-    from stablediffusion.small.measure_members import measure
+    if shipped := [name for name in arguments.only if name in SHIPPED]:
+        # late: it reads this module's recipes
+        from stablediffusion.small.measure_members import measure
 
-    scales = {reward: pool.scale(reward) for reward in SCORED}
-    measure([name for name in arguments.only if name in SHIPPED], scales, arguments.work)
+        measure(shipped, {reward: pool.scale(reward) for reward in SCORED}, arguments.work)
     return 0
 
 
