@@ -70,7 +70,7 @@ RECIPES = {
     "backprop": Recipe("backprop", ((500, 1.5e-3), (100, 5e-4))),
     "dpok": Recipe("dpok", POLICY, {"steps": 100, "buffer": 80_000, "ema_decay": 0.96}),
     "ddpo": Recipe("ddpo", POLICY, {"steps": 100, "ema_decay": 0.96}),
-    "backprop, last 5": Recipe("backprop", ((250, 1.5e-3), (50, 5e-4)), {"last": 5, "spacing": "uniform"}),
+    "backprop, last 5": Recipe("backprop", ((150, 1.5e-3), (30, 5e-4)), {"last": 5, "spacing": "uniform"}),
     "dpok, published": Recipe("dpok", ((150, 1e-5),), {"mode": "published"}),
     "dpok, published loss": Recipe(
         "dpok", POLICY, {"mode": "published", "groups": 1, "group_size": 256, "buffer": 40_000, "batch": 4096}

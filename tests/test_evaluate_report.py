@@ -10,7 +10,7 @@ from scipy import stats
 from sdeblend.evaluate import plotting
 from sdeblend.evaluate.report import report_settings
 from sdeblend.evaluate.rows import Folder, number
-from sdeblend.evaluate.summary import load, summarise
+from sdeblend.evaluate.summary import exact_reward, load, summarise
 from sdeblend.evaluate.tables import Table, latex, markdown, tables
 from tests.strategies import refuses
 
@@ -277,6 +277,19 @@ def test_every_number_that_varies_has_its_figures(tmp_path):
     for axes, k in zip(figure.axes, (0.1, 0.5, 1.0), strict=True):
         assert axes.lines[0].get_xdata() == pytest.approx([1, 2])
         assert axes.lines[0].get_ydata() == pytest.approx([rewards([k, s]).mean() for s in (1.0, 2.0)])
+
+
+def test_the_exact_targets_reward_is_drawn_where_it_is_known():
+    group = {"methods": {}, "preference": {"a": 0.25, "b": 0.75, "c": 0.0}, "values": {}, "variant": "v"}
+    groups = [
+        group | {"strength": s, "target": target}
+        for s, target in ((1.0, {"a": 1.0, "b": 2.0}), (2.0, {"a": 3.0}), (3.0, {"a": 5.0, "b": 1.0}))
+    ]
+    assert [exact_reward(g) for g in groups] == [1.75, None, 2.0]
+    figure = plotting._curves({"groups": groups, "title": "by hand"}, "strength", [], {}, "r(w)", dict, exact_reward)
+    [line] = figure.axes[0].lines
+    assert line.get_label() == "exact target"
+    assert line.get_xdata().tolist() == [1, 3] and line.get_ydata().tolist() == [1.75, 2.0]
 
 
 def test_latex_is_escaped():

@@ -15,11 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sdeblend.evaluate.measures import Array
-from sdeblend.evaluate.summary import label
+from sdeblend.evaluate.summary import exact_reward, label
 
 _COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
 _LINES: Final = ("-", "--", "-.")
 _MARKERS: Final = "osD^vPX*"
+_EXACT: Final[Mapping[str, Any]] = {
+    "color": "black", "linestyle": ":", "linewidth": 2.5, "marker": "o", "mfc": "white", "ms": 6,
+}  # fmt: skip
 SHOWN: Final = 6
 Curve = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
 
@@ -48,7 +51,7 @@ def figures(summary: Mapping[str, Any]) -> dict[str, bytes]:
         for name in distances:
             figure = _curves(summary, axis, others, styles, name, _distance(name))
             out[f"{name.lower().replace(' ', '-')}-by-{axis}"] = _bytes(figure)
-        figure = _curves(summary, axis, others, styles, "mean r(w)", lambda m: m["weighted"])
+        figure = _curves(summary, axis, others, styles, "mean r(w)", lambda m: m["weighted"], exact_reward)
         out[f"reward-by-{axis}"] = _bytes(figure)
     if any("win_rate" in m for group in summary["groups"] for m in group["methods"].values()):
         out["win-rates"] = _bytes(_win_rates(summary, styles))
@@ -68,7 +71,7 @@ def _at(group: Mapping[str, Any], axis: str) -> float | None:
 
 def _curves(
     summary: Mapping[str, Any], axis: str, others: Sequence[str], styles: Mapping[str, Mapping[str, Any]], what: str,
-    get: Curve,
+    get: Curve, exact: Callable[[Mapping[str, Any]], float | None] | None = None,
 ) -> Figure:  # fmt: skip
     """Return a panel for each preference and each value of what varies besides."""
     panelled: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
@@ -102,6 +105,11 @@ def _curves(
             if shown:
                 # Weighted samples have a higher one, of as many as they are worth.
                 floors[place] = min(shown)
+        targets = {place: exact(group) for place, group in own} if exact else {}
+        known = {place: value for place, value in targets.items() if value is not None}
+        if known:
+            x = sorted(known)
+            axes.plot(x, [known[p] for p in x], label="exact target", zorder=5, **_EXACT)
         if floors:
             x = sorted(floors)
             axes.plot(x, [floors[p] for p in x], color="0.6", linewidth=4, alpha=0.5, zorder=0, label="exact samples")
@@ -134,8 +142,7 @@ def _pareto(fronts: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[st
             )  # fmt: skip
         if front["target"]:
             exact = np.array(sorted(front["target"]))
-            axes.plot(*exact.T, color="black", linestyle=":", linewidth=2.5, marker="o", mfc="white", ms=6, zorder=5,
-                      label="exact target")  # fmt: skip
+            axes.plot(*exact.T, label="exact target", zorder=5, **_EXACT)
         first, second = front["rewards"]
         axes.set(xlabel=f"mean {first}", ylabel=f"mean {second}")
         axes.set_title(f"{front['group']}, strength {front['strength']:g}", fontsize=9)

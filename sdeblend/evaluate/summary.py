@@ -164,6 +164,12 @@ def _chosen(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
 
 
+def exact_reward(group: Mapping[str, Any]) -> float | None:
+    """Return r(w) of a group's exact target, None if a mean that it needs is unknown."""
+    found = [(w, group["target"].get(name)) for name, w in group["preference"].items() if w]
+    return None if any(value is None for _, value in found) else sum(w * value for w, value in found)
+
+
 def label(name: str) -> str:
     """Return what people call a method."""
     method = method_of(name)

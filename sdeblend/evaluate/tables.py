@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from sdeblend.evaluate.groups import method_of
-from sdeblend.evaluate.summary import label
+from sdeblend.evaluate.summary import exact_reward, label
 
 _ABSENT = "-"
 _LATEX = str.maketrans({
@@ -215,8 +215,7 @@ def _group(group: Mapping[str, Any], summary: Mapping[str, Any]) -> Table:
               "n eff.", "model calls", "gradients", "reward calls", "seconds")  # fmt: skip
     rows = []
     if group["target"]:
-        sum_of = [group["target"].get(name) for name, w in group["preference"].items() if w]
-        total = None if None in sum_of else sum(w * group["target"][k] for k, w in group["preference"].items() if w)
+        total = exact_reward(group)
         exact = [_short(group["target"].get(reward)) for reward in rewards]
         rows.append(("(exact target)", *exact, _short(total), *[_ABSENT] * (len(header) - 2 - len(rewards))))
     for name, m in methods.items():
