@@ -17,20 +17,23 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from sdeblend.io import write_atomically
 from stablediffusion.bundled import GUIDANCE, MODEL, SMALL
+from stablediffusion.lora import no_false_alarms
 from stablediffusion.small.drawing import draw
 from stablediffusion.small.factors import ABSENT, FACTORS, indices
 from stablediffusion.small.pipeline import generate
 from stablediffusion.small.scenes import Scene, caption, mention, sample_scenes
 from stablediffusion.small.scorer import Scorer, load_scorer
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 # of numbers, and of None where there is none
 Accuracies = dict[str, dict[str, Any]]
@@ -162,6 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=SMALL, help="folder of evaluation.json and sheet.png")
     arguments = parser.parse_args(argv)
+    with no_false_alarms():  # of image processors without torchvision
+        from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     result, images = evaluate(pipe, arguments.images, steps=arguments.steps)

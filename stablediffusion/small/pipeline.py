@@ -8,20 +8,27 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel
 
 from stablediffusion.bundled import GUIDANCE
+from stablediffusion.lora import no_false_alarms
 from stablediffusion.small.networks import scheduler
 from stablediffusion.small.tokenizer import tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
 
 def assemble(vae: AutoencoderKL, text: CLIPTextModel, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """Return the pipeline of these networks (no copies), progress bar off."""
+    with no_false_alarms():  # of image processors without torchvision
+        from diffusers import StableDiffusionPipeline
+
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
@@ -43,6 +50,8 @@ def export(pipe: StableDiffusionPipeline, folder: Path) -> None:
         pipe: in float32; left as it is.
         folder: to write.
     """
+    from diffusers import StableDiffusionPipeline
+
     parts = {name: part for name, part in pipe.components.items() if part is not None}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
