@@ -7,28 +7,31 @@
 # on drawings of one or two shapes, 32 x 32 pixels. Its members are LoRA files tuned for one reward each, at a known KL
 # weight: `compress` for small JPEG files, `vivid` for colourfulness.
 #
-# On images the exact target has no closed form. Its place is taken by a **member tuned for the preference itself**
-# (`morl-50` and its like): what multi-objective training would give, at the price of one training a preference.
-# Black dashes are that. It is trained too, and so it is a reference with errors of its own, not the truth.
+# The exact target has no closed form here, but it can be sampled: drawings are free, so draw many for a caption and
+# keep each with probability proportional to $\exp(r/\alpha)$. Black dashes are that. Beside it stand **members tuned
+# for the preference itself** (`morl-50` and its like): what multi-objective training gives, at one training each.
 
 # %%
 """Blend, strength, certificate, one adapter a step and soup, on the bundled text-to-image model."""
 
 import os
+from dataclasses import replace
 
 import torch
 from IPython.display import Image, display
 
 from sdeblend import Preference
 from stablediffusion import load_members
-from stablediffusion.bundled import bundled_member, bundled_names
+from stablediffusion.bundled import GUIDANCE, bundled_member, bundled_names
 from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
 from stablediffusion.small import load_small
-from stablediffusion.small.cells import draw_cell, mean_and_error
+from stablediffusion.small.cells import PROMPTS, draw_cell, mean_and_error
 from stablediffusion.small.demo import NAMES, note
+from stablediffusion.small.pool import draw_pool
+from stablediffusion.small.scenes import parse
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"
-EACH, MANY, STEPS = (1, 1, 4) if FAST else (2, 4, 50)
+EACH, MANY, STEPS, CANDIDATES = (1, 2, 4, 16) if FAST else (2, 16, 50, 256)
 pipe = load_small()
 names = ["compress", "vivid"]
 members = load_members(pipe, {name: bundled_member(name) for name in names})
@@ -76,18 +79,30 @@ print("largest difference of pixels between the rows, at the ends:", [f"{e:.1e}"
 # %% [markdown]
 # ## How much each reward moves
 #
-# The same with more images, per reward, beside the members tuned for the preference itself.
+# The same with more images and without guidance, where members are the tilts they were tuned to be, per reward: blend,
+# soup, members tuned for the preference, and the exact target, from tilted drawings.
 #
-# **What would falsify the next figures:** if blending did what it promises, the blue line would run through the black
-# one. The bars (two standard errors) are those of each mean by itself and mostly the spread between prompts, which all
-# points share: `stablediffusion/small/members.json` has paired differences.
+# **What would falsify the next figures:** black dashes are where the blend should be. It may miss them by what members
+# lack and by the blend's own error; a line that ran the other way would be a bug. The bars (two standard errors) are
+# those of each mean by itself and mostly the spread between prompts, which all points share: `sdeblend evaluate
+# bundled-images` has paired differences.
 
 # %%
-many = {m: [draw_cell(pipe, members, pair(w), mode=m, each=MANY, steps=STEPS) for w in weights] for m in modes}
+settings = {"each": MANY, "steps": STEPS, "guidance": 1.0}
+many = {m: [draw_cell(pipe, members, pair(w), mode=m, **settings) for w in weights] for m in modes}
 tuned = {0.25: "morl-25", 0.5: "morl-50", 0.75: "morl-75"}
 tuned = {w: name for w, name in tuned.items() if w in weights}
 oracles = load_members(pipe, {name: bundled_member(name) for name in tuned.values()})
-oracle = [draw_cell(pipe, oracles, Preference({name: 1.0}), each=MANY, steps=STEPS) for name in tuned.values()]
+oracle = [draw_cell(pipe, oracles, Preference({name: 1.0}), **settings) for name in tuned.values()]
+pool = draw_pool(pipe, [parse(prompt) for prompt in PROMPTS], PROMPTS, count=CANDIDATES)
+
+
+def target(vivid, reward):
+    """Return the mean reward of the exact target: drawings tilted by exp(r(w) / alpha), caption by caption."""
+    shares = {"compress": 1 - vivid, "vivid": vivid}
+    total = sum(w / members[k].scales[k] * pool.rewards[k].double() for k, w in shares.items())
+    tilt = (total / members["vivid"].kl_weight).softmax(1)
+    return float((tilt * pool.rewards[reward].double()).sum(1).mean())
 
 
 def curve(positions, cells, reward):
@@ -99,7 +114,8 @@ def curve(positions, cells, reward):
 for reward, unit in (("compress", "minus the JPEG size, kB"), ("vivid", "colourfulness")):
     lines = {NAMES[m]: curve(weights, many[m], reward) for m in modes}
     lines["tuned for the preference"] = curve(list(tuned), oracle, reward)
-    show(curves_figure(lines, x="weight of vivid", y=unit, dashed=["tuned for the preference"]))
+    lines["exact target"] = weights, [target(w, reward) for w in weights], None
+    show(curves_figure(lines, x="weight of vivid", y=unit, dashed=["exact target"]))
 oracles.remove()
 
 # %% [markdown]
@@ -110,14 +126,15 @@ oracles.remove()
 # chains.
 #
 # **What would falsify the next figure:** at the ends only one member runs, so the certificate must be exactly zero
-# there, and positive between them. Tens of nats are a lot for members whose targets are one or two nats from the base:
-# guidance multiplies what members disagree about, noise of their training included.
+# there, and positive between them. Guidance multiplies what members disagree about, noise of their training included.
 
 # %%
-nats = [mean_and_error(cell.nats) for cell in many["mpa"]]
-values, errors = zip(*nats, strict=True)
-show(curves_figure({"certificate": (weights, values, errors)}, x="weight of vivid", y="nats an image"))
-print("nats:", [f"{value:.3g} +- {error:.2g}" for value, error in nats])
+lines = {}
+for name, found in (("guidance 1", many["mpa"]), (f"guidance {GUIDANCE:g}", cells["mpa"])):
+    nats = [mean_and_error(cell.nats) for cell in found]
+    lines[name] = weights, *zip(*nats, strict=True)
+    print(name, "nats:", [f"{value:.3g} +- {error:.2g}" for value, error in nats])
+show(curves_figure(lines, x="weight of vivid", y="certificate, nats an image"))
 
 # %% [markdown]
 # ## Strength
@@ -125,7 +142,8 @@ print("nats:", [f"{value:.3g} +- {error:.2g}" for value, error in nats])
 # One member, DB-KLA: 0 is the base, 1 the member as tuned, 2 twice as far along the same direction.
 #
 # **It would be wrong if** the column of strength 0 were not the base's pictures (the same in both rows), or if a
-# reward did not grow from 0 to 1.
+# reward did not grow from 0 to 1. Above 1 certificates say little, since their weights have heavy tails
+# (`03_strength`): none is shown.
 
 # %%
 strengths = [0.0, 1.0] if FAST else [0.0, 0.5, 1.0, 1.5, 2.0]
@@ -138,7 +156,7 @@ show(
         [[cell.images for cell in line] for line in turned],
         rows=names,
         columns=[f"strength {s:g}" for s in strengths],
-        notes=[[note(cell) for cell in line] for line in turned],
+        notes=[[note(replace(cell, nats=None)) for cell in line] for line in turned],
         across=EACH,
     )
 )
@@ -175,7 +193,9 @@ show(
 # members = load_members(pipe, {"compress": "compress.safetensors", "vivid": "vivid.safetensors"})
 # ```
 #
-# and `with blend(pipe, members, Preference({"compress": 0.3, "vivid": 0.7})) as knobs: pipe(prompt, eta=1.0)`. LoRA
+# A third gives it noise, if its scheduler has none (Stable Diffusion 1.5 comes with PNDM, SDXL with Euler; without
+# noise there is no certificate): `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)`. Then
+# `with blend(pipe, members, Preference({"compress": 0.3, "vivid": 0.7})) as knobs: pipe(prompt, eta=1.0)`. LoRA
 # files from elsewhere do not say at which KL weight they were tuned: then weights and strength are knobs without
 # units, and the certificate still says how much the members disagree. `07_your_own_members` tunes one whose KL weight
 # is known.
