@@ -116,7 +116,7 @@ def tilted(rewards, power):
 
 
 log = [json.loads(line) for line in (out / "warm" / METRICS).read_text().splitlines()]
-block = 1 if FAST else 10
+block = 2 if FAST else 10
 blocks = torch.tensor([entry["reward"] for entry in log]).reshape(-1, block)
 after = [block * (k + 0.5) for k in range(len(blocks))]
 mean = [float(by_caption.mean() / SD)] * 2
