@@ -250,8 +250,8 @@ def table(cells: dict[str, Cell]) -> str:
         f"layers of 128, LoRA of rank 8), against the closed-form tilt. {SAMPLES} samples, {STEPS} steps of "
         "DPM-Solver++ 2M (SDE). Slope: the strength that was reached (1: the KL weight is the one stated); residual: "
         "square error of the control over its square; TV of the mode weights and sliced W2, beside those of as many "
-        "exact samples (floor). Seconds of one CPU thread; \"there\": reward calls and seconds until the slope stays "
-        f"within {NEAR:g} of 1.", "",
+        "exact samples (floor). Processor seconds of one thread, other programs beside it; \"there\": reward calls and "
+        f"seconds until the slope stays within {NEAR:g} of 1.", "",
         "All cells, by the recipes in benchmarks/members.py. \"dpok, published\", the same loss trained longer and "
         "\"backprop, last 5\" state no KL weight: their slopes are what they happen to reach.", "",
         "A W2 far above the TV beside it is one path of the 8000 that left the region which the network knows (W2 "
