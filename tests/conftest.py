@@ -63,3 +63,19 @@ def rng_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if request.node.get_closest_marker("rng_untouched") and not torch.equal(before, torch.get_rng_state()):
         pytest.fail("the global torch generator was drawn from; pass generator= all the way down")
+
+
+@pytest.fixture
+def slow_draws(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let every drawing of random numbers of an evaluation take one second; return the time that it is."""
+    from sdeblend.evaluate import draws
+
+    now, philox = [0.0], draws.philox
+
+    def slow(*given: Any) -> Any:
+        now[0] += 1.0
+        return philox(*given)
+
+    monkeypatch.setattr(draws, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(draws, "philox", slow)
+    return now

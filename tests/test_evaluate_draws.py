@@ -65,15 +65,7 @@ def test_generators_of_the_batch_differ_by_stream_and_block():
     assert len({first(draws, "a"), first(draws, "b"), first(Draws(0, "p", range(10, 20)), "a")}) == 3
 
 
-def test_the_time_that_drawing_takes_is_known_and_waits_for_a_gpu(monkeypatch):
-    now = [0.0]
-
-    def slow(counter, key):
-        now[0] += 1.0
-        return philox(counter, key)
-
-    monkeypatch.setattr("sdeblend.evaluate.draws.perf_counter", lambda: now[0])
-    monkeypatch.setattr("sdeblend.evaluate.draws.philox", slow)
+def test_the_time_that_drawing_takes_is_known_and_waits_for_a_gpu(monkeypatch, slow_draws):
     draws = Draws(0, "p", range(4))
     for _ in range(2):  # kept the second time
         draws.normal(0, (3,))
@@ -83,7 +75,7 @@ def test_the_time_that_drawing_takes_is_known_and_waits_for_a_gpu(monkeypatch):
     assert draws.seconds == 3.0 and clock() == 3.0
     waited = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(now[0]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(slow_draws[0]))
     assert clock() == 3.0 and waited == [3.0]
 
 

@@ -9,7 +9,7 @@ from sdeblend.baselines.drawn import Drawn
 from sdeblend.config import check_keys
 from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.config import _OPTIONS, load_plan
-from sdeblend.evaluate.draws import Draws, philox
+from sdeblend.evaluate.draws import Draws
 from sdeblend.evaluate.methods import METHODS, NotApplicable
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
@@ -290,17 +290,9 @@ def test_a_reward_that_raises_costs_the_methods_that_ask_it_alone(tmp_path, monk
     assert {found[name]["failed"] for name in plan.methods[1:]} == {"RuntimeError: out of memory"}
 
 
-def test_no_method_is_charged_for_random_numbers(tmp_path, monkeypatch):
-    now = [0.0]
-
-    def slow(counter, key):
-        now[0] += 1.0
-        return philox(counter, key)
-
-    monkeypatch.setattr("sdeblend.evaluate.draws.perf_counter", lambda: now[0])
-    monkeypatch.setattr("sdeblend.evaluate.draws.philox", slow)
+def test_no_method_is_charged_for_random_numbers(tmp_path, slow_draws):
     evaluate(plan_of(tmp_path), Folder(tmp_path / "out"), processes=World())
-    assert now[0] > 10 and {head["seconds"] for head in heads(tmp_path / "out").values()} == {0.0}
+    assert slow_draws[0] > 10 and {head["seconds"] for head in heads(tmp_path / "out").values()} == {0.0}
 
 
 @pytest.mark.parametrize(
