@@ -254,8 +254,6 @@ def table(cells: dict[str, Cell]) -> str:
         f"seconds until the slope stays within {NEAR:g} of 1.", "",
         "All cells, by the recipes in benchmarks/members.py. \"dpok, published\", the same loss trained longer and "
         "\"backprop, last 5\" state no KL weight: their slopes are what they happen to reach.", "",
-        "A W2 far above the TV beside it is one path of the 8000 that left the region which the network knows (W2 "
-        "squares its distance, TV counts it once).", "",
         *_summary(cells), "",
     ]  # fmt: skip
     for (name, reward), kind in REWARDS.items():
