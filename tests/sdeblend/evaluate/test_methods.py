@@ -1,0 +1,326 @@
+"""Methods on a mixture: what each says it costs is what it evaluates, and all see the same noise."""
+
+import runpy
+
+import pytest
+import torch
+
+from sdeblend.baselines.drawn import Drawn
+from sdeblend.config import check_keys
+from sdeblend.evaluate.backend import Wanted
+from sdeblend.evaluate.config import _OPTIONS, load_plan
+from sdeblend.evaluate.draws import Draws
+from sdeblend.evaluate.methods import METHODS, NotApplicable
+from sdeblend.evaluate.rows import Folder
+from sdeblend.evaluate.run import World, evaluate
+from sdeblend.select import select_members
+from tests.support.strategies import generator, refuses
+from toy import MixtureStack
+from toy.evaluate import MixtureCase, build
+
+BATCH, STEPS = 40, 12
+DEVICE = torch.device("cpu")
+UNEQUAL = Wanted({"right": 0.7, "up": 0.3})
+SMALL = {"code": {"candidates": 3, "block": 5}, "best-of-n": {"candidates": 4}}
+
+
+class Watching:
+    """A score function or a stack that tells a case what it evaluates, its rows too."""
+
+    def __init__(self, inner, case):
+        self.inner, self.case = inner, case
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __call__(self, x, t, active=None):
+        members = 1 if not isinstance(self.inner, MixtureStack) else len(self if active is None else active)
+        self.case.evaluations += members * len(x)
+        if float(t) == float(self.case.grid[0]):
+            self.case.starts.append(x.detach().clone())
+        return self.inner(x, t) if active is None else self.inner(x, t, active)
+
+    def rows(self, index):
+        return self
+
+
+class Watched(MixtureCase):
+    """A case that counts members times rows and rows rewarded, and remembers the states at the first time."""
+
+    def __init__(self, posed, variant, settings):
+        super().__init__(posed, variant, settings)
+        self.evaluations, self.rewarded, self.starts = 0, 0, []
+
+    def stack(self, batch):
+        return Watching(super().stack(batch), self)
+
+    def higher_order(self, role, wanted, batch):
+        stack, names = super().higher_order(role, wanted, batch)
+        return Watching(stack, self), names
+
+    def score(self, role, wanted, batch):
+        found = super().score(role, wanted, batch)
+        return None if found is None else Watching(found, self)
+
+    def differentiable_base(self, batch):
+        return Watching(super().differentiable_base(batch), self)
+
+    def reward(self, name):
+        reward = super().reward(name)
+
+        def counted(x):
+            self.rewarded += len(x)
+            return reward(x)
+
+        return counted
+
+
+def watched(**table):
+    backend = build({"problems": ["ring8"], "steps": STEPS, **table}, file="f", seed=0, device=DEVICE)
+    (name,) = backend.posed
+    return Watched(backend.posed[name], name, backend.settings)
+
+
+def sampled(name, case, wanted=UNEQUAL):
+    options = check_keys(SMALL.get(name, {}), METHODS[name].options, file="f")
+    return METHODS[name].sample(case, wanted, Draws(0, "", range(BATCH)), options)
+
+
+SOUPS = {"soup", "soup-factors"}
+
+
+@pytest.mark.rng_untouched
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SOUPS])
+def test_costs_are_what_is_evaluated_and_noise_is_shared(name):
+    case, wanted = watched(), Wanted({"right": 1.0, "up": 0.0}) if name == "kla" else UNEQUAL
+    drawn = sampled(name, case, wanted)
+    assert case.evaluations == drawn.model_calls * BATCH
+    # r(w) has as many parts as there are weights, and is counted once.
+    assert case.rewarded == drawn.reward_calls * BATCH * 2
+    if name.startswith("guidance"):
+        assert drawn.gradient_calls == drawn.model_calls
+    start = Draws(0, "", range(BATCH)).start(case.like, case.schedule.prior_std())
+    seen = torch.cat(case.starts)
+    assert bool((seen[:, None] == start).all(-1).any(0).all())
+    assert len(drawn.samples) == BATCH and (drawn.log_weights is None or len(drawn.log_weights) == BATCH)
+    again = sampled(name, watched(), wanted)
+    assert torch.equal(again.samples, drawn.samples)
+
+
+def test_methods_that_must_agree_do():
+    corner, case = Wanted({"right": 0.0, "up": 1.0}), watched()
+    exact = sampled("exact", case, corner).samples
+    # A corner is a member: blending, picking and tuning for it are the same, on the same noise.
+    for name in ("mpa", "kla", "ls-systematic", "ls-independent", "pairwise", "quadratic", "composite", "over-time",
+                 "union"):  # fmt: skip
+        torch.testing.assert_close(sampled(name, case, corner).samples, exact, rtol=1e-3, atol=1e-3)
+    apart = sampled("mpa", case, UNEQUAL).samples - sampled("exact", case, UNEQUAL).samples
+    assert float(apart.abs().mean()) > 0.01
+    base = sampled("base", case).samples
+    torch.testing.assert_close(sampled("mpa", case, Wanted(UNEQUAL.weights, 0.0)).samples, base)
+    unguided = sampled("guidance", case, Wanted(UNEQUAL.weights, 0.0)).samples
+    torch.testing.assert_close(unguided, base, rtol=1e-3, atol=1e-3)
+
+
+def test_switch_takes_members_in_turn():
+    for count in (2, 3, 5):
+        even = torch.full((count,), 1 / count, dtype=torch.float64)
+        chosen = select_members(even, 4 * count, 50, "systematic", generator(0))
+        windows = chosen.unfold(0, count, 1).sort(-1).values
+        assert bool((windows == torch.arange(count)).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "reason"),
+    [
+        ("soup", UNEQUAL, "members that are networks"),
+        ("kla", UNEQUAL, "one member"),
+        ("ls-shared", Wanted(UNEQUAL.weights, 2.0), "probabilities"),
+        ("pairwise", Wanted(UNEQUAL.weights, 2.0), "strength 1"),
+        ("union", Wanted(UNEQUAL.weights, 0.5), "tuned at"),
+        ("union", Wanted({"right": 2.0, "up": -1.0}), "not negative"),
+        ("composite", Wanted({"right": 0.0, "up": 0.0}), "a weight other than 0"),
+        ("guidance", Wanted({"right": 0.0, "up": 0.0}), "a weight other than 0"),
+    ],
+)
+def test_a_method_says_why_it_does_not_apply(name, wanted, reason):
+    with pytest.raises(NotApplicable, match=reason):
+        sampled(name, watched(), wanted)
+
+
+def test_a_correction_needs_noise():
+    with pytest.raises(NotApplicable, match="noise"):
+        sampled("mpa-corrected", watched(solver="dpm-2m"))
+    with pytest.raises(NotApplicable, match="a solver that has some"):
+        sampled("union", watched(solver="dpm-2m"))
+    assert sampled("mpa", watched(solver="dpm-2m")).facts == {}
+
+
+def test_every_method_names_its_source_and_cost():
+    for name, method in METHODS.items():
+        assert method.source and method.cost and method.label, name
+
+
+def test_distances_see_the_target_and_not_another():
+    case, n = watched(), 2000
+    target, other = case.target(UNEQUAL), case.target(Wanted({"right": 0.5, "up": 0.5}))
+    for law, near in ((target, True), (other, False)):
+        drawn = sampled("base", case)
+        drawn = type(drawn)(law.sample(n, generator=generator(1)), 0)
+        for name, distance in case.measure(drawn, UNEQUAL).items():
+            assert (abs(distance.value - distance.floor) < 5 * distance.floor_sd) == near, name
+
+
+def test_weighted_distances_undo_their_weights():
+    backend = build({"problems": ["line2"]}, file="f", seed=0, device=DEVICE)
+    case, wanted = backend.case("line2", ""), Wanted({"right": 0.7, "left": 0.3})
+    base = case.problem.base.sample(20_000, generator=generator(1))
+    log_weights = case.problem.reward(wanted.weights)(base) / case.problem.kl_weight
+    drawn = type(sampled("base", watched()))(base, 0, log_weights=log_weights)
+    plain = type(drawn)(base, 0)
+    weighed, unweighed = (case.measure(d, wanted) for d in (drawn, plain))
+    assert set(weighed) == {"mode TV", "sliced W2", "KL"}
+    for name in weighed:
+        assert weighed[name].value < unweighed[name].value / 4, name
+
+
+def test_the_union_has_another_law_and_says_so():
+    case, wanted = watched(kl_weights=[0.5], steps=50), UNEQUAL
+    drawn = METHODS["union"].sample(case, wanted, Draws(0, "", range(4000)), {})
+    x = case.problem.base.sample(400_000, generator=generator(1))
+    values = {name: reward(x) for name, reward in case.problem.rewards.items()}
+    weights = sum(w * (values[name] / case.kl_weight).exp() for name, w in wanted.weights.items())
+    weights = weights / weights.sum()
+    for name, found in case.rewards(drawn.samples).items():
+        # p_base sum_i w_i exp(r_i / alpha), and not the target that its distances are taken to.
+        error = float(found.std()) / 4000**0.5
+        assert abs(float(found.mean() - weights @ values[name])) < 5 * error
+        assert abs(float(found.mean()) - case.expected(wanted)[name]) > 5 * error
+    assert not METHODS["union"].aims
+    far = case.measure(drawn, wanted)["sliced W2"]
+    assert far.value > far.floor + 5 * far.floor_sd
+
+
+def test_the_reward_of_das_is_split_and_its_target_kept():
+    # Base and target of the closed forms; the base rewards that are printed, -10.40 and -9.15, are not these.
+    for name, base, target in (("das-grid", -11.08, -0.29), ("das-ring", -9.23, -1.34)):
+        case = build({"problems": [name]}, file="f", seed=0, device=DEVICE).case(name, "")
+        reward = case.reported["r"]
+        assert case.problem.base.mean_reward(reward) == pytest.approx(base, abs=0.005)
+        assert case.target(Wanted({"x": 0.5, "y": 0.5})).mean_reward(reward) == pytest.approx(target, abs=0.01)
+        x = torch.randn(5, 2, generator=generator(0), dtype=torch.float64)
+        values = case.rewards(x)
+        torch.testing.assert_close(values["x"] + values["y"], values["r"])
+
+
+def test_the_exact_targets_means_are_those_of_its_samples():
+    case = watched()
+    found, drawn = case.expected(UNEQUAL), case.target(UNEQUAL).sample(40_000, generator=generator(3))
+    for name, values in case.rewards(drawn).items():
+        assert abs(found[name] - float(values.mean())) < 5 * float(values.std()) / 200
+    wrong = case.expected(Wanted({"right": 0.3, "up": 0.7}))
+    assert abs(wrong["up"] - found["up"]) > 0.1
+
+
+def test_moved_is_the_distance_to_the_base_on_the_same_noise():
+    case, draws = watched(), Draws(0, "", range(BATCH))
+    base, blend = sampled("base", case), sampled("mpa", case)
+    assert case.describe(base, draws)["moved"] == 0
+    by_hand = (blend.samples - base.samples).square().mean(1).sqrt().mean()
+    assert case.describe(blend, draws)["moved"] == pytest.approx(float(by_hand), rel=1e-6) and by_hand > 0.1
+    others = Draws(0, "", range(BATCH, 2 * BATCH))
+    assert case.describe(base, others)["moved"] > 1  # other noise is not the same pair
+
+
+def test_moved_sets_a_resampled_sample_against_the_start_it_descends_from():
+    case, draws = watched(), Draws(0, "", range(BATCH))
+    base = sampled("base", case).samples
+    ancestors = torch.arange(BATCH).div(3, rounding_mode="floor")
+    log_weights = torch.randn(BATCH, generator=generator(1), dtype=torch.float64)
+    shift = torch.linspace(0, 1, BATCH).unsqueeze(1)
+    found = case.describe(Drawn(base[ancestors] + shift, 0, log_weights=log_weights, ancestors=ancestors), draws)
+    assert found["moved"] == pytest.approx(float(log_weights.softmax(0) @ shift[:, 0].double()), rel=1e-5)
+    for name in ("code", "best-of-n"):
+        assert case.describe(sampled(name, case), draws) == {}
+    for name in ("mpa-corrected", "steer-difference"):
+        assert case.describe(sampled(name, case), draws)["moved"] > 0
+
+
+CONFIG = """
+[backend]
+kind = "mixture"
+problems = ["ring8"]
+steps = 6
+[grid]
+methods = ["mpa", "code", "best-of-n", "steer-difference", "guidance"]
+seeds = 20
+[methods.code]
+candidates = 3
+[methods.best-of-n]
+candidates = 3
+[methods.guidance]
+gamma = 0.1
+[methods.steer-difference]
+threshold = 0.7
+"""
+
+
+def plan_of(tmp_path, text=CONFIG):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    return load_plan(file)
+
+
+def heads(path):
+    cells = [Folder(path).read(key)[0] for key in Folder(path).stored()]
+    return {head["method"]: head for head in cells}
+
+
+def test_a_reward_that_raises_costs_the_methods_that_ask_it_alone(tmp_path, monkeypatch):
+    def broken(x):
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(MixtureCase, "reward", lambda self, name: broken)
+    plan = plan_of(tmp_path)
+    for resume in (False, True):
+        notes = evaluate(plan, Folder(tmp_path / "out"), processes=World(), resume=resume)
+        assert notes == ([] if resume else [f"{n} on ring8: RuntimeError: out of memory" for n in plan.methods[1:]])
+    found = heads(tmp_path / "out")
+    assert len(found) == 5 and "failed" not in found["mpa"]
+    assert {found[name]["failed"] for name in plan.methods[1:]} == {"RuntimeError: out of memory"}
+
+
+def test_no_method_is_charged_for_random_numbers(tmp_path, slow_draws):
+    evaluate(plan_of(tmp_path), Folder(tmp_path / "out"), processes=World())
+    assert slow_draws[0] > 10 and {head["seconds"] for head in heads(tmp_path / "out").values()} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("[methods.code]\ncandidates = 3", "[methods.code]\ncandidates = 1", ["[methods.code] candidates", "2, got 1"]),
+        ("[methods.code]", "[methods.code]\nblock = 0", ["[methods.code] block must be at least 1, got 0"]),
+        ("[methods.best-of-n]\ncandidates = 3", "[methods.best-of-n]\ncandidates = 0", ["best-of-n] candidates"]),
+        ("threshold = 0.7", "every = 0", ["[methods.steer-difference] every must be at least 1, got 0"]),
+        ("threshold = 0.7", "threshold = 1.5", ["threshold must be above 0 and at most 1, got 1.5"]),
+        ("gamma = 0.1", "gamma = -0.1", ["[methods.guidance] gamma must be at least 0", "-0.1"]),
+        ("gamma = 0.1", "scale = -1.0", ["[methods.guidance] scale must be at least 0", "-1"]),
+    ],
+)
+def test_options_that_cannot_serve_are_refused_before_anything_runs(tmp_path, old, new, parts):
+    assert old in CONFIG
+    refuses(lambda: plan_of(tmp_path, CONFIG.replace(old, new)), "c.toml", *parts)
+
+
+def test_every_option_has_its_values_checked():
+    assert {key for method in METHODS.values() for key in method.options} == set(_OPTIONS)
+
+
+def test_accelerates_entry_tells_what_the_command_tells(monkeypatch, capsys):
+    def diverges(argv):
+        raise FloatingPointError("the state must stay finite")
+
+    monkeypatch.setattr("sdeblend.evaluate.command.main", diverges)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("sdeblend.evaluate", run_name="__main__")
+    assert ended.value.code == 2 and capsys.readouterr().err == "sdeblend.evaluate: the state must stay finite\n"
