@@ -262,5 +262,5 @@ show(curves_figure(lines, x="strength", y="warm, standard deviations", dashed=["
 # hub id) and, where memory is short, `checkpointing = true`; under `[trainer]` `precision = "bf16"` and a smaller
 # `micro_batch`. `accelerate launch -m sdeblend.finetune warm.toml` spreads it over several GPUs. A killed run goes on
 # with `--resume` and ends in the same member. Rewards are functions as above, or learned ones (aesthetic score,
-# PickScore, CLIPScore, ImageReward, HPSv2, in `stablediffusion.scorers`) named under `[model.rewards]` with a hub id or
+# PickScore, CLIPScore, ImageReward, HPSv2, in `stablediffusion.rewards`) named under `[model.rewards]` with a hub id or
 # a folder. `load_members` then reads KL weight, reward and base from the file and refuses a member of another base.

@@ -29,8 +29,8 @@ from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.members import Members
 from stablediffusion.montage import montage_png
+from stablediffusion.rewards.scoring import Prompts, score_each
 from stablediffusion.schedulers import scheduler_grid
-from stablediffusion.scoring import Prompts, score_each
 
 if TYPE_CHECKING:
     from stablediffusion.evaluate import PipelineBackend

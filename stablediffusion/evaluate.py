@@ -24,7 +24,7 @@
     [backend.scales]                 # what a reward is divided by; as its member's file says, else 1
     [backend.gradients]              # reward -> a reward that is differentiable, for guidance in its place
     compress = "compress-smooth"
-    [backend.rewards]                # where learned rewards have their weights, see ``stablediffusion.scoring``
+    [backend.rewards]                # where learned rewards have their weights, see ``stablediffusion.rewards.scoring``
     [[backend.sets]]                 # other members for the same rewards, a variant each, in place of all the above
     name = "alpha 0.25"              # tables of members, tuned, pairs, half
     [backend.sets.members]
@@ -62,7 +62,7 @@ from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora, read_lora
 from stablediffusion.members import Members, load_members
 from stablediffusion.rewards import ImageReward
-from stablediffusion.scoring import image_rewards
+from stablediffusion.rewards.scoring import image_rewards
 from stablediffusion.small import load_small
 from stablediffusion.small.scorer import WEIGHTS as SCORER
 

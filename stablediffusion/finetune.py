@@ -2,7 +2,7 @@
 
 ``kind = "pipeline"``; ``path`` is a folder or hub id, and ``prompts`` a file with one a line, or a list. Without a path
 it is the bundled model, and then prompts may be left out too: they are captions as it was trained on, never those held
-out for its evaluation. ``rewards`` is a table of the learned rewards' models, see ``stablediffusion.scoring``. The
+out for its evaluation. ``rewards`` is a table of the learned rewards' models, see ``stablediffusion.rewards``. The
 other keys are the arguments of ``PipelineTunable``.
 
 Where the file says nothing, trainers have other defaults than on mixtures (``trainer_defaults``):
@@ -31,7 +31,7 @@ from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
 from stablediffusion.bundled import MODEL
 from stablediffusion.loading import load_pipeline
-from stablediffusion.scoring import image_rewards
+from stablediffusion.rewards.scoring import image_rewards
 from stablediffusion.tunable import Layers, PipelineTunable
 
 _Precision = Literal["float32", "bfloat16", "float16"]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from sdeblend.io import write_atomically
 from stablediffusion.rewards import REWARDS
-from stablediffusion.scoring import Prompts
+from stablediffusion.rewards.scoring import Prompts
 from stablediffusion.small.drawing import draw
 from stablediffusion.small.scenes import Scene, caption, complete, held_out, mention, sample_scenes
 

@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from stablediffusion.scorers.base import head
+from stablediffusion.rewards.learned.base import head
 from stablediffusion.testing.text import clip_tokenizer
 
 SIDE, PATCH, WIDTH, BERT, WORDS = 32, 8, 128, 64, 40

@@ -32,10 +32,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from stablediffusion.scorers import openclip
-from stablediffusion.scorers.base import Scorer, check_tokens, head, unit
-from stablediffusion.scorers.files import fetch, filled, settings_of, tensors_of, with_files
-from stablediffusion.scorers.pixels import Pixels, pixels_of
+from stablediffusion.rewards.learned import openclip
+from stablediffusion.rewards.learned.base import Scorer, check_tokens, head, unit
+from stablediffusion.rewards.learned.files import fetch, filled, settings_of, tensors_of, with_files
+from stablediffusion.rewards.learned.pixels import Pixels, pixels_of
 
 # The vocabulary and image settings are the same for every model here, for folders that come without.
 PROCESSOR = "openai/clip-vit-large-patch14"

@@ -1,8 +1,8 @@
 """Rewards of images by name, wherever they come from, and scores that one bad image does not spoil.
 
-A name is one of ``stablediffusion.rewards.REWARDS``, a function of one's own as ``"package.module:function"``, or a
-learned reward of ``stablediffusion.scorers``, whose weights are a folder or a hub id. A settings file says which, by
-name, where the default is not wanted, in a table such as
+A name is one of ``formulas.REWARDS``, a function of one's own as ``"package.module:function"``, or one of
+``learned.SCORERS``, whose weights are a folder or a hub id. A settings file says which, by name, where the default is
+not wanted, in a table such as
 
     [model.rewards]
     hpsv2 = "weights/hpsv2"                                       # folder or hub id
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdeblend.config import Spec, check_keys
 from sdeblend.io import write_atomically
-from stablediffusion.rewards import REWARDS, ImageReward, find_reward
+from stablediffusion.rewards.formulas import REWARDS, ImageReward, find_reward
 
 BATCH = 16
 _MODEL: Spec = {
@@ -80,7 +80,7 @@ def image_reward(
             raise ValueError(f"reward {name!r} loads no weights, got model {model!r}; leave model and revision out")
         return find_reward(name)
     # late: transformers takes seconds
-    from stablediffusion.scorers import SCORERS, load_scorer
+    from stablediffusion.rewards.learned import SCORERS, load_scorer
 
     if name not in SCORERS:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Rewards of images: file size, colourfulness, the bundled model's scorer, and any function of the user's own.
 
-Those that are learned (CLIPScore, PickScore, ...) are in ``stablediffusion.scorers``; ``stablediffusion.scoring`` finds
-a reward of any kind by its name.
+Those that are learned (CLIPScore, PickScore, ...) are in ``stablediffusion.rewards.learned``.
 
 A reward takes images (B, 3, H, W) in [0, 1] and the condition (its ``prompts``, one a row) and gives one number an
 image, (B,). Compressibility is minus the size of the image as JPEG. Colourfulness of the opponent channels

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stablediffusion.scorers.pixels import Pixels
+from stablediffusion.rewards.learned.pixels import Pixels
 
 
 class Scorer(ABC):

@@ -15,7 +15,7 @@ from sdeblend.evaluate.config import load_plan
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
 from stablediffusion.rewards import REWARDS, ImageReward
-from stablediffusion.scoring import Prompts, image_reward, score_each
+from stablediffusion.rewards.scoring import Prompts, image_reward, score_each
 from tests.support.strategies import refuses
 
 PROMPTS = Prompts(("a ring", "a bad ring", "a square"))

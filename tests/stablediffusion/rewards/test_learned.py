@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from sdeblend.finetune.config import trainer_of
 from sdeblend.finetune.reward import WeightedReward
 from stablediffusion.finetune import build
-from stablediffusion.scorers import SCORERS, blip
-from stablediffusion.scorers.pixels import CLIP_STD, Pixels, pixels_of
-from stablediffusion.scoring import Prompts, image_reward, score_each
+from stablediffusion.rewards.learned import SCORERS, blip
+from stablediffusion.rewards.learned.pixels import CLIP_STD, Pixels, pixels_of
+from stablediffusion.rewards.scoring import Prompts, image_reward, score_each
 from stablediffusion.testing import tiny_pipeline
 from tests.support import scorer_models
 from tests.support.scorer_models import (

@@ -23,9 +23,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from stablediffusion.scorers.base import Scorer, check_tokens, head
-from stablediffusion.scorers.files import fetch, filled, tensors_of, with_files
-from stablediffusion.scorers.pixels import Pixels
+from stablediffusion.rewards.learned.base import Scorer, check_tokens, head
+from stablediffusion.rewards.learned.files import fetch, filled, tensors_of, with_files
+from stablediffusion.rewards.learned.pixels import Pixels
 
 FILE = "ImageReward.safetensors"
 TOKENIZER = "google-bert/bert-base-uncased"

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stablediffusion.rewards import ImageReward
+from stablediffusion.rewards.formulas import ImageReward
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def load_scorer(
     if model is None and source.model is None:
         raise ValueError(
             f"reward {name!r} needs a model, published as a pickle, which is never read: give a folder with "
-            f"{source.needs} (see stablediffusion.scorers)"
+            f"{source.needs} (see stablediffusion.rewards.learned)"
         )
-    load = getattr(importlib.import_module(f"stablediffusion.scorers.{source.module}"), source.loader)
+    load = getattr(importlib.import_module(f"stablediffusion.rewards.learned.{source.module}"), source.loader)
     scorer = load(name, model or source.model, revision, device=torch.device(device), dtype=dtype, batch=batch)
     return ImageReward(name, scorer, True, source.unit)
