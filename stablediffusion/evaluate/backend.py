@@ -56,7 +56,7 @@ from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
 from stablediffusion.bundled import GUIDANCE, bundled_member, bundled_names
-from stablediffusion.case import PipelineCase
+from stablediffusion.evaluate.case import PipelineCase
 from stablediffusion.identity import base_identity
 from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora, read_lora

@@ -22,7 +22,7 @@ from sdeblend.evaluate.plotting_sheets import sheets
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
 from sdeblend.evaluate.summary import load
-from stablediffusion import evaluate as backend_module
+from stablediffusion.evaluate import backend as backend_module
 from stablediffusion.latents import SoupScore, pipeline_score
 from stablediffusion.members import load_members
 from stablediffusion.rewards import REWARDS, ImageReward

@@ -33,7 +33,7 @@ from stablediffusion.rewards.scoring import Prompts, score_each
 from stablediffusion.schedulers import scheduler_grid
 
 if TYPE_CHECKING:
-    from stablediffusion.evaluate import PipelineBackend
+    from stablediffusion.evaluate.backend import PipelineBackend
 
 # Sets of exact samples, for what distances they have.
 FLOORS: Final = 32
