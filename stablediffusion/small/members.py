@@ -39,10 +39,10 @@ from torch import Tensor, nn
 from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
 from stablediffusion.bundled import MEMBERS
+from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.small import load_small
 from stablediffusion.small.loop import Budget, Loop, Rate
 from stablediffusion.small.pool import OWN, SCORED, Pool, averaged, make_pool, tilt_kl
-from stablediffusion.tunable import Layers, PipelineTunable
 
 KL_WEIGHT = 0.125
 RANK = 6

@@ -53,9 +53,9 @@ def mixture() -> tuple[Any, WeightedReward]:
 
 def pipeline() -> tuple[Any, WeightedReward]:
     """Return a tiny random Stable Diffusion 1.5 with a LoRA, and a reward of its images."""
+    from stablediffusion.finetune.tunable import PipelineTunable
     from stablediffusion.rewards import find_reward
     from stablediffusion.testing import tiny_pipeline
-    from stablediffusion.tunable import PipelineTunable
 
     model = PipelineTunable(tiny_pipeline("sd15", seed=1), tuple(PROMPTS), height=16, width=16)
     return model, WeightedReward({"vivid": find_reward("vivid")})

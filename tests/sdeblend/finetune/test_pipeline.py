@@ -7,9 +7,9 @@ import torch
 
 from sdeblend.finetune.config import TRAINERS, trainer_of
 from sdeblend.finetune.reward import WeightedReward
+from stablediffusion.finetune.tunable import PipelineTunable
 from stablediffusion.rewards import find_reward
 from stablediffusion.testing import tiny_pipeline
-from stablediffusion.tunable import PipelineTunable
 from tests.support.strategies import generator, refuses
 
 REWARD = WeightedReward({"vivid": find_reward("vivid")})

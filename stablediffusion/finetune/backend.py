@@ -30,9 +30,9 @@ from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
 from stablediffusion.bundled import MODEL
+from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
-from stablediffusion.tunable import Layers, PipelineTunable
 
 _Precision = Literal["float32", "bfloat16", "float16"]
 _OPTIONAL: Spec = {
