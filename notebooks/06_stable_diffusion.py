@@ -22,13 +22,13 @@ from IPython.display import Image, display
 
 from sdeblend import Preference
 from stablediffusion import load_members
-from stablediffusion.bundled import GUIDANCE, bundled_member, bundled_names
 from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
+from stablediffusion.scenes.captions import parse
 from stablediffusion.small import load_small
+from stablediffusion.small.candidates import draw_pool
 from stablediffusion.small.cells import PROMPTS, draw_cell, mean_and_error
 from stablediffusion.small.demo import NAMES, note
-from stablediffusion.small.pool import draw_pool
-from stablediffusion.small.scenes import parse
+from stablediffusion.small.files import GUIDANCE, bundled_member, bundled_names
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"
 EACH, MANY, STEPS, CANDIDATES = (1, 2, 4, 16) if FAST else (2, 16, 50, 256)

@@ -28,14 +28,14 @@ from sdeblend.finetune.config import load_plan
 from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.run import METRICS, train
 from stablediffusion import load_members
-from stablediffusion.bundled import GUIDANCE, bundled_member
 from stablediffusion.finetune import PipelineTunable
 from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
 from stablediffusion.rewards import REWARDS
+from stablediffusion.scenes.captions import COLOURS, SHAPES, SIZES, parse
+from stablediffusion.scenes.scorer import accuracies
 from stablediffusion.small import load_small
 from stablediffusion.small.cells import draw_cell, mean_and_error
-from stablediffusion.small.evaluate import accuracies
-from stablediffusion.small.scenes import COLOURS, SHAPES, SIZES, parse
+from stablediffusion.small.files import GUIDANCE, bundled_member
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"
 ITERATIONS, EACH, FEW, STEPS = (2, 2, 1, 4) if FAST else (150, 32, 8, 25)

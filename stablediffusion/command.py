@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from stablediffusion.bundled import GUIDANCE
+from stablediffusion.small.files import GUIDANCE
 
 MODES = ("mpa", "ls", "soup", "soup-factors")
 SCHEDULERS = ("ddim", "ddpm", "euler-a", "keep")

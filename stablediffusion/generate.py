@@ -26,12 +26,12 @@ from tqdm import tqdm
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
 from stablediffusion.attach import blend
-from stablediffusion.bundled import MODEL, bundled_member
 from stablediffusion.command import BUNDLED
 from stablediffusion.knobs import Knobs
 from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora
 from stablediffusion.members import load_members
+from stablediffusion.small.files import MODEL, bundled_member
 
 _SCHEDULERS = {
     "ddim": diffusers.DDIMScheduler,

@@ -55,7 +55,6 @@ from diffusers import DDIMScheduler
 from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
-from stablediffusion.bundled import GUIDANCE, bundled_member, bundled_names
 from stablediffusion.evaluate.case import PipelineCase
 from stablediffusion.identity import base_identity
 from stablediffusion.loading import load_pipeline
@@ -63,8 +62,9 @@ from stablediffusion.lora import find_lora, read_lora
 from stablediffusion.members import Members, load_members
 from stablediffusion.rewards import ImageReward
 from stablediffusion.rewards.scoring import image_rewards
+from stablediffusion.scenes.scorer import WEIGHTS as SCORER
 from stablediffusion.small import load_small
-from stablediffusion.small.scorer import WEIGHTS as SCORER
+from stablediffusion.small.files import GUIDANCE, bundled_member, bundled_names
 
 # Rewards that read the bundled scorer's file when they are asked.
 _BY_SCORER = frozenset({"align", "correct"})
@@ -301,7 +301,7 @@ def _prompts(settings: Mapping[str, Any], file: str, seed: int) -> list[str]:
         raise ValueError(f"{file}: [backend] prompts is missing; give a file with one a line, or a list")
     else:
         # late: the bundled model's captions need its grammar
-        from stablediffusion.small.scenes import caption, mention, sample_scenes
+        from stablediffusion.scenes.captions import caption, mention, sample_scenes
 
         generator = torch.Generator().manual_seed(1000 + seed)
         found = []

@@ -180,8 +180,8 @@ class PipelineCase(Case):
     @cached_property
     def _target(self) -> dict[str, Tensor] | None:
         """The members' rewards of drawings of the caption, float64 (J,); None for what is no caption."""
-        from stablediffusion.small.pool import SCORED, draw_pool
-        from stablediffusion.small.scenes import parse
+        from stablediffusion.scenes.captions import parse
+        from stablediffusion.small.candidates import SCORED, draw_pool
 
         count = self.backend.settings["candidates"]
         if self.backend.settings["path"] or not count or not set(self.names) <= set(SCORED):

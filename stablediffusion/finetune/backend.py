@@ -29,10 +29,10 @@ import torch
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.reward import Reward
-from stablediffusion.bundled import MODEL
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
+from stablediffusion.small.files import MODEL
 
 _Precision = Literal["float32", "bfloat16", "float16"]
 _OPTIONAL: Spec = {
@@ -86,6 +86,6 @@ def trainer_defaults(table: Mapping[str, Any], /) -> Mapping[str, Any]:
 
 def training_captions(count: int, generator: torch.Generator) -> list[str]:
     """Draw captions as the bundled model was trained on."""
-    from stablediffusion.small.scenes import caption, mention, sample_scenes
+    from stablediffusion.scenes.captions import caption, mention, sample_scenes
 
     return [caption(scene) for scene in mention(sample_scenes(count, generator), generator)]

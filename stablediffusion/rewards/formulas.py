@@ -37,6 +37,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from stablediffusion.scenes.captions import parse
+from stablediffusion.scenes.scorer import all_right, log_prob
+
 QUALITY = 95
 _EPSILON = 1e-8
 # kB of header and empty blocks of 32 x 32 pixels, and for each estimated bit of luma and of chroma.
@@ -140,9 +143,6 @@ def _bytes(pixels: np.ndarray, quality: int) -> int:
 
 
 def _alignment(images: Tensor, condition: Any) -> Tensor:
-    # late: it reads the scorer's weights
-    from stablediffusion.small.scorer import log_prob
-
     # an empty prompt asks for nothing
     asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
     values = images.new_zeros(len(images))
@@ -152,9 +152,6 @@ def _alignment(images: Tensor, condition: Any) -> Tensor:
 
 
 def _correctness(images: Tensor, condition: Any) -> Tensor:
-    from stablediffusion.small.evaluate import all_right
-    from stablediffusion.small.scenes import parse
-
     asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
     values = images.new_ones(len(images))
     if asked:

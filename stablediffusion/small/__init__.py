@@ -3,8 +3,8 @@
     pipe = load_small()
     image = pipe("a large red circle on a blue striped background", guidance_scale=1.5).images[0]
 
-Its data are drawn (``scenes``, ``drawing``), so what it does can be measured exactly (``scorer``, ``evaluate``), and
-``python -m stablediffusion.small.train`` makes it again. MODEL_CARD.md tells what it can and cannot do.
+Its data are drawn (``stablediffusion.scenes``), so what it does can be measured exactly. ``files`` says where it lies,
+``stablediffusion.making`` how it was made, MODEL_CARD.md what it can and cannot do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stablediffusion.bundled import MODEL
+from stablediffusion.small.files import MODEL
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

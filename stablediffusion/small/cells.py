@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sdeblend.blend import Preference
 from stablediffusion.attach import blend
-from stablediffusion.bundled import GUIDANCE
 from stablediffusion.knobs import Mode
 from stablediffusion.members import Members
 from stablediffusion.rewards import REWARDS, ImageReward
+from stablediffusion.small.files import GUIDANCE
 
 PROMPTS = (
     "a large red circle on a striped blue background",

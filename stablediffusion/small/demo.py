@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import bundled_member
 from stablediffusion.knobs import Mode
 from stablediffusion.members import load_members
 from stablediffusion.small import load_small
 from stablediffusion.small.cells import PROMPTS, Cell, draw_cell, mean_and_error
+from stablediffusion.small.files import bundled_member
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MODES: tuple[Mode, ...] = ("mpa", "soup")

@@ -300,8 +300,8 @@ def test_jpeg_size_and_colourfulness():
 
 def test_alignment_is_of_what_the_prompt_asks():
     """The caption that was drawn scores above another; an empty prompt asks for nothing."""
-    from stablediffusion.small.drawing import draw
-    from stablediffusion.small.scenes import parse
+    from stablediffusion.scenes.captions import parse
+    from stablediffusion.scenes.drawing import draw
 
     prompts = ("a large red circle in the center on a plain blue background", "a green cross on a white background", "")
     scene = parse(prompts[0])

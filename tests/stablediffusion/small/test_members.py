@@ -8,12 +8,13 @@ import torch
 
 from sdeblend import Preference, cli
 from stablediffusion import load_members
-from stablediffusion.bundled import GUIDANCE, MEMBERS, bundled_member, bundled_names
+from stablediffusion.making import members
 from stablediffusion.rewards import REWARDS
-from stablediffusion.small import demo, load_small, members
+from stablediffusion.scenes.captions import Scene, Thing, held_out
+from stablediffusion.small import demo, load_small
+from stablediffusion.small.candidates import SCORED, averaged, candidates, make_pool, tilt_kl
 from stablediffusion.small.cells import draw_cell
-from stablediffusion.small.pool import SCORED, averaged, candidates, make_pool, tilt_kl
-from stablediffusion.small.scenes import Scene, Thing, held_out
+from stablediffusion.small.files import GUIDANCE, MEMBERS, bundled_member, bundled_names
 from tests.support.strategies import refuses
 
 PROMPTS = ("a large red circle on a striped blue background", "a ring on a checkered background")
@@ -52,7 +53,7 @@ def test_shards_depend_on_their_number_alone_and_are_kept(pipe, small_pool, tmp_
 
 
 def test_candidates_may_be_the_bases_own_samples(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("stablediffusion.small.pool.OWN_STEPS", 3)
+    monkeypatch.setattr("stablediffusion.small.candidates.OWN_STEPS", 3)
     pool = make_pool(pipe, tmp_path / "a", [0], count=3, each=2, own=True)
     assert pool.latents.shape == (2, 3, 4, 8, 8) and float(pool.latents.float().std(1).mean()) > 0.1
     again = make_pool(pipe, tmp_path / "b", [0], count=3, each=2, own=True)

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from stablediffusion.bundled import MODEL, SMALL
+from stablediffusion.making.measure_model import main, sheet, table
+from stablediffusion.making.pipeline import generate
+from stablediffusion.scenes.captions import caption, held_out_captions
+from stablediffusion.scenes.scorer import WEIGHTS, accuracies
 from stablediffusion.small import load_small
-from stablediffusion.small.evaluate import accuracies, held_out_captions, main, sheet, table
-from stablediffusion.small.pipeline import generate
-from stablediffusion.small.scenes import caption
+from stablediffusion.small.files import MODEL, SMALL
 from tests.support.strategies import generator
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,7 +42,7 @@ def test_the_files_are_small_and_in_half_precision():
 def test_every_file_is_packaged():
     globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
     files = [path for path in MODEL.rglob("*") if path.is_file()]
-    files += [SMALL / name for name in ("scorer.safetensors", "training.json", "evaluation.json", "MODEL_CARD.md")]
+    files += [WEIGHTS, *(SMALL / name for name in ("training.json", "evaluation.json", "MODEL_CARD.md"))]
     assert all(path.exists() and any(fnmatch.fnmatch(path.name, glob) for glob in globs) for path in files)
 
 

@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import GUIDANCE, SMALL, bundled_member
+from stablediffusion.making.members import recipe_of
 from stablediffusion.members import load_members
 from stablediffusion.rewards import REWARDS
+from stablediffusion.scenes.captions import caption, mention, parse, sample_scenes
+from stablediffusion.scenes.scorer import accuracies
 from stablediffusion.small import load_small
+from stablediffusion.small.candidates import SCORED, Pool, draw_pool
 from stablediffusion.small.cells import Cell, draw_cell, mean_and_error
-from stablediffusion.small.evaluate import accuracies
-from stablediffusion.small.members import recipe_of
-from stablediffusion.small.pool import SCORED, Pool, draw_pool
-from stablediffusion.small.scenes import caption, mention, parse, sample_scenes
+from stablediffusion.small.files import GUIDANCE, SMALL, bundled_member
 
 RESULTS = SMALL / "members.json"
 CAPTIONS, EACH, STEPS = 64, 4, 25

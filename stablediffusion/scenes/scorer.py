@@ -8,16 +8,20 @@ keep an autoencoder's artefacts from confusing it.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stablediffusion.small.factors import ABSENT, FACTORS, indices
-from stablediffusion.small.scenes import parse
+from stablediffusion.scenes.captions import Scene, parse
+from stablediffusion.scenes.factors import ABSENT, FACTORS, indices
 
+# of numbers, and of None where there is none
+Accuracies = dict[str, dict[str, Any]]
 WEIGHTS = Path(__file__).with_name("scorer.safetensors")
 
 
@@ -59,7 +63,7 @@ def log_prob(images: Tensor, captions: list[str]) -> Tensor:
 
     Args:
         images: in 0..1, [n, 3, 32, 32].
-        captions: n captions of the grammar in ``scenes``.
+        captions: n captions of the grammar of scenes.
 
     Returns:
         log-probabilities, [n], differentiable in the images.
@@ -76,3 +80,42 @@ def log_prob(images: Tensor, captions: list[str]) -> Tensor:
     logs = load_scorer().to(images.device)(2 * images.float() - 1)
     picked = [log.gather(1, classes[:, i : i + 1].clamp_min(0))[:, 0] for i, log in enumerate(logs)]
     return torch.where(classes == ABSENT, 0, torch.stack(picked, 1)).sum(1)
+
+
+def accuracies(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Accuracies:
+    """Return the accuracy of each factor where it is mentioned, and of all at once.
+
+    Args:
+        images: in -1..1, [n, 3, 32, 32].
+        mentioned: of each image.
+        scorer: in place of the bundled one.
+
+    Returns:
+        by factor and for "all": "accuracy", "error" (standard error), both None if no caption mentions it, and "n".
+    """
+    right, said = _read(images, mentioned, scorer)
+    out = {name: _share(right[said[:, i], i]) for i, name in enumerate(FACTORS)}
+    return out | {"all": _share((right | ~said).all(1))}
+
+
+def all_right(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Tensor:
+    """Return whether each image in -1..1, [n, 3, 32, 32], shows all that was mentioned, bool [n]."""
+    right, said = _read(images, mentioned, scorer)
+    return (right | ~said).all(1)
+
+
+@torch.no_grad()
+def _read(images: Tensor, mentioned: list[Scene], scorer: Scorer | None) -> tuple[Tensor, Tensor]:
+    """Return whether each factor was read as mentioned, and whether it was mentioned, [n, factors]."""
+    logs = (scorer or load_scorer()).to(images.device)(images.float())
+    classes = indices(mentioned).to(images.device)
+    return torch.stack([log.argmax(1) for log in logs], 1) == classes, classes != ABSENT
+
+
+def _share(right: Tensor) -> dict[str, Any]:
+    n = len(right)
+    if not n:
+        # not NaN, which is no JSON
+        return {"accuracy": None, "error": None, "n": 0}
+    p = float(right.float().mean())
+    return {"accuracy": round(p, 4), "error": round(math.sqrt(p * (1 - p) / n), 4), "n": n}

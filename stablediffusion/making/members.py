@@ -1,6 +1,6 @@
 """Tune the bundled model's members, at a KL weight that is known because their targets are sampled exactly.
 
-    python -m stablediffusion.small.members [--only NAME ...] [--work DIR] [--measure]
+    python -m stablediffusion.making.members [--only NAME ...] [--work DIR] [--measure]
 
 A member is a LoRA regressed on drawings tilted by exp(r / kl_weight) given the caption (``pool``), ``align`` on tilted
 samples of the base: no trainer's bias or noise stands between it and the KL weight (those of the trainers of
@@ -38,11 +38,11 @@ from torch import Tensor, nn
 
 from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import MEMBERS
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
+from stablediffusion.making.loop import Budget, Loop, Rate
 from stablediffusion.small import load_small
-from stablediffusion.small.loop import Budget, Loop, Rate
-from stablediffusion.small.pool import OWN, SCORED, Pool, averaged, make_pool, tilt_kl
+from stablediffusion.small.candidates import OWN, SCORED, Pool, averaged, make_pool, tilt_kl
+from stablediffusion.small.files import MEMBERS
 
 KL_WEIGHT = 0.125
 RANK = 6
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(name, facts)
     if shipped := [name for name in arguments.only if name in SHIPPED]:
         # late: it reads this module's recipes
-        from stablediffusion.small.measure_members import measure
+        from stablediffusion.making.measure_members import measure
 
         measure(shipped, {reward: pool.scale(reward) for reward in SCORED}, arguments.work)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablediffusion.small.scenes import COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, Scene
+from stablediffusion.scenes.captions import COLOURS, POSITIONS, SHAPES, SIZES, TEXTURES, Scene
 
 FACTORS: dict[str, tuple[str, ...]] = {
     "count": ("one", "two"),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stablediffusion.bundled import GUIDANCE
 from stablediffusion.lora import no_false_alarms
-from stablediffusion.small.networks import scheduler
-from stablediffusion.small.tokenizer import tokenizer
+from stablediffusion.making.networks import scheduler
+from stablediffusion.making.tokenizer import tokenizer
+from stablediffusion.small.files import GUIDANCE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel

@@ -14,10 +14,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.loop import Budget, Loop, Rate, seeded
-from stablediffusion.small.networks import autoencoder
-from stablediffusion.small.scenes import sample_scenes
+from stablediffusion.making.loop import Budget, Loop, Rate, seeded
+from stablediffusion.making.networks import autoencoder
+from stablediffusion.scenes.captions import sample_scenes
+from stablediffusion.scenes.drawing import draw
 
 BATCH = 32
 LEARNING_RATE = 2e-3

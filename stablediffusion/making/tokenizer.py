@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
-from stablediffusion.small.scenes import WORDS
+from stablediffusion.scenes.captions import WORDS
 
 MAX_LENGTH = 24
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -117,7 +117,7 @@ def parse(text: str) -> Scene:
     if match is None or (match["texture0"] and match["texture1"]):
         raise ValueError(
             "a caption must read like 'a large red circle in the top left on a striped blue background', "
-            f"got {text[:80]!r}; the grammar is in stablediffusion.small.scenes"
+            f"got {text[:80]!r}; the grammar is in stablediffusion.scenes.captions"
         )
     things = [Thing(match["shape0"], match["colour0"], match["size0"], match["position"])]
     if " and " in match[0]:
@@ -183,6 +183,21 @@ def mention(scenes: list[Scene], generator: torch.Generator, *, combination: boo
     keep = _MENTION | (dict.fromkeys(("colour", "shape", "background"), 1.0) if combination else {})
     draws = _uniforms(len(scenes), generator)
     return [_mention(scene, row, keep) for scene, row in zip(scenes, draws, strict=True)]
+
+
+def held_out_captions(n: int, seed: int) -> tuple[list[Scene], list[Scene]]:
+    """Draw held-out scenes, and what their captions mention: always the combination, the rest at random.
+
+    Args:
+        n: how many.
+        seed: of the draw.
+
+    Returns:
+        complete scenes, and mentioned ones for ``caption``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scenes = sample_scenes(n, generator, evaluation=True)
+    return scenes, mention(scenes, generator, combination=True)
 
 
 def _mention(scene: Scene, draws: Iterator[float], keep: dict[str, float]) -> Scene:

@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.loop import Budget, Loop, Rate, seeded
-from stablediffusion.small.networks import scheduler, unet
-from stablediffusion.small.scenes import caption, mention, sample_scenes
-from stablediffusion.small.tokenizer import tokenizer
-from stablediffusion.small.train_text import tokens
+from stablediffusion.making.loop import Budget, Loop, Rate, seeded
+from stablediffusion.making.networks import scheduler, unet
+from stablediffusion.making.tokenizer import tokenizer
+from stablediffusion.making.train_text import tokens
+from stablediffusion.scenes.captions import caption, mention, sample_scenes
+from stablediffusion.scenes.drawing import draw
 
 BATCH = 32
 LEARNING_RATES = {"unet": 2e-3, "text": 3e-4}

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from sdeblend.io import write_atomically
 from stablediffusion.rewards import REWARDS
 from stablediffusion.rewards.scoring import Prompts
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.scenes import Scene, caption, complete, held_out, mention, sample_scenes
+from stablediffusion.scenes.captions import Scene, caption, complete, held_out, mention, sample_scenes
+from stablediffusion.scenes.drawing import draw
 
 SCORED = ("compress", "vivid", "align")
 CANDIDATES, SHARD = 256, 50

@@ -1,10 +1,10 @@
-"""Where the small text-to-image model that comes with the package lies, and its members; imports nothing heavy."""
+"""Where the bundled model lies, and its members; imports nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-SMALL = Path(__file__).with_name("small")
+SMALL = Path(__file__).parent
 MODEL = SMALL / "model"
 MEMBERS = SMALL / "members"
 # One file, two roles: r_1 + r_2 at twice a KL weight is (r_1 + r_2) / 2 at that KL weight.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stablediffusion.small.scenes import COLOURS, SHAPES, TEXTURES, Scene
+from stablediffusion.scenes.captions import COLOURS, SHAPES, TEXTURES, Scene
 
 IMAGE_SIZE = 32
 CELL = 4

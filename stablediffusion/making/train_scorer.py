@@ -9,11 +9,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sdeblend.io import write_atomically
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.factors import ABSENT, indices
-from stablediffusion.small.loop import Budget, Loop, Rate, seeded
-from stablediffusion.small.scenes import complete_scenes
-from stablediffusion.small.scorer import Scorer
+from stablediffusion.making.loop import Budget, Loop, Rate, seeded
+from stablediffusion.scenes.captions import complete_scenes
+from stablediffusion.scenes.drawing import draw
+from stablediffusion.scenes.factors import ABSENT, indices
+from stablediffusion.scenes.scorer import Scorer
 
 BATCH = 64
 LEARNING_RATE = 2e-3

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from stablediffusion.small.factors import FACTORS, indices
-from stablediffusion.small.loop import Budget, Loop, Rate, seeded
-from stablediffusion.small.networks import TEXT_WIDTH, text_encoder
-from stablediffusion.small.scenes import caption, mention, sample_scenes
-from stablediffusion.small.tokenizer import MAX_LENGTH, tokenizer
+from stablediffusion.making.loop import Budget, Loop, Rate, seeded
+from stablediffusion.making.networks import TEXT_WIDTH, text_encoder
+from stablediffusion.making.tokenizer import MAX_LENGTH, tokenizer
+from stablediffusion.scenes.captions import caption, mention, sample_scenes
+from stablediffusion.scenes.factors import FACTORS, indices
 
 BATCH = 64
 LEARNING_RATE = 1e-3

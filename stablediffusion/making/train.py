@@ -1,6 +1,6 @@
 """Train the bundled model from nothing: autoencoder, text encoder, scorer, denoiser, and export.
 
-    python -m stablediffusion.small.train --out DIR [--device cuda] [--steps N | --minutes M] [--resume]
+    python -m stablediffusion.making.train --out DIR [--device cuda] [--steps N | --minutes M] [--resume]
 
 Each stage keeps its state in DIR and goes on from it, so a run that was cut off continues with --resume, on the same
 device or another; by steps and on a CPU, as if it had never been cut off. The result is DIR/export: the folder model,
@@ -28,16 +28,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import GUIDANCE
-from stablediffusion.small.evaluate import accuracies, held_out_captions
-from stablediffusion.small.loop import Budget
-from stablediffusion.small.pipeline import assemble, export, generate
-from stablediffusion.small.scenes import caption
-from stablediffusion.small.scorer import Scorer
-from stablediffusion.small.train_scorer import export_scorer, train_scorer
-from stablediffusion.small.train_text import train_text
-from stablediffusion.small.train_unet import train_unet
-from stablediffusion.small.train_vae import train_vae
+from stablediffusion.making.loop import Budget
+from stablediffusion.making.pipeline import assemble, export, generate
+from stablediffusion.making.train_scorer import export_scorer, train_scorer
+from stablediffusion.making.train_text import train_text
+from stablediffusion.making.train_unet import train_unet
+from stablediffusion.making.train_vae import train_vae
+from stablediffusion.scenes.captions import caption, held_out_captions
+from stablediffusion.scenes.scorer import Scorer, accuracies
+from stablediffusion.small.files import GUIDANCE
 
 STEPS = {"vae": 2600, "text": 1500, "scorer": 4000, "unet": 6600}
 # of one busy core, as measured for the bundled model

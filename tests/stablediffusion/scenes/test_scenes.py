@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 
-from stablediffusion.small.drawing import RADII, coverage, draw
-from stablediffusion.small.evaluate import accuracies, held_out_captions
-from stablediffusion.small.factors import ABSENT, FACTORS, indices
-from stablediffusion.small.scenes import (
+from stablediffusion.making.tokenizer import MAX_LENGTH, tokenizer
+from stablediffusion.making.train_text import tokens
+from stablediffusion.scenes.captions import (
     COLOURS,
     HELD_OUT,
     SHAPES,
@@ -23,13 +22,14 @@ from stablediffusion.small.scenes import (
     complete,
     complete_scenes,
     held_out,
+    held_out_captions,
     mention,
     parse,
     sample_scenes,
 )
-from stablediffusion.small.scorer import WEIGHTS, load_scorer, log_prob
-from stablediffusion.small.tokenizer import MAX_LENGTH, tokenizer
-from stablediffusion.small.train_text import tokens
+from stablediffusion.scenes.drawing import RADII, coverage, draw
+from stablediffusion.scenes.factors import ABSENT, FACTORS, indices
+from stablediffusion.scenes.scorer import WEIGHTS, accuracies, load_scorer, log_prob
 from tests.support.strategies import generator, refuses, seeds
 
 RED_CIRCLE = Scene((Thing("circle", "red", "large", "center"),), "blue", "plain")

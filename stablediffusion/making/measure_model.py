@@ -1,6 +1,6 @@
 """Measure how well the model draws captions it was never trained on.
 
-    python -m stablediffusion.small.evaluate [--model DIR] [--images 1024] [--out FOLDER]
+    python -m stablediffusion.making.measure_model [--model DIR] [--images 1024] [--out FOLDER]
 
 Every caption names a held-out combination of object colour, shape and background colour. A scorer trained on
 drawings alone reads each picture; a factor's accuracy is the share of the captions mentioning it whose picture the
@@ -13,85 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from sdeblend.io import write_atomically
-from stablediffusion.bundled import GUIDANCE, MODEL, SMALL
 from stablediffusion.lora import no_false_alarms
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.factors import ABSENT, FACTORS, indices
-from stablediffusion.small.pipeline import generate
-from stablediffusion.small.scenes import Scene, caption, mention, sample_scenes
-from stablediffusion.small.scorer import Scorer, load_scorer
+from stablediffusion.making.pipeline import generate
+from stablediffusion.scenes.captions import caption, held_out_captions
+from stablediffusion.scenes.drawing import draw
+from stablediffusion.scenes.scorer import Accuracies, accuracies
+from stablediffusion.small.files import GUIDANCE, MODEL, SMALL
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
-
-# of numbers, and of None where there is none
-Accuracies = dict[str, dict[str, Any]]
-
-
-def held_out_captions(n: int, seed: int) -> tuple[list[Scene], list[Scene]]:
-    """Draw held-out scenes, and what their captions mention: always the combination, the rest at random.
-
-    Args:
-        n: how many.
-        seed: of the draw.
-
-    Returns:
-        complete scenes, and mentioned ones for ``caption``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scenes = sample_scenes(n, generator, evaluation=True)
-    return scenes, mention(scenes, generator, combination=True)
-
-
-def accuracies(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Accuracies:
-    """Return the accuracy of each factor where it is mentioned, and of all at once.
-
-    Args:
-        images: in -1..1, [n, 3, 32, 32].
-        mentioned: of each image.
-        scorer: in place of the bundled one.
-
-    Returns:
-        by factor and for "all": "accuracy", "error" (standard error), both None if no caption mentions it, and "n".
-    """
-    right, said = _read(images, mentioned, scorer)
-    out = {name: _share(right[said[:, i], i]) for i, name in enumerate(FACTORS)}
-    return out | {"all": _share((right | ~said).all(1))}
-
-
-def all_right(images: Tensor, mentioned: list[Scene], scorer: Scorer | None = None) -> Tensor:
-    """Return whether each image in -1..1, [n, 3, 32, 32], shows all that was mentioned, bool [n]."""
-    right, said = _read(images, mentioned, scorer)
-    return (right | ~said).all(1)
-
-
-@torch.no_grad()
-def _read(images: Tensor, mentioned: list[Scene], scorer: Scorer | None) -> tuple[Tensor, Tensor]:
-    """Return whether each factor was read as mentioned, and whether it was mentioned, [n, factors]."""
-    logs = (scorer or load_scorer()).to(images.device)(images.float())
-    classes = indices(mentioned).to(images.device)
-    return torch.stack([log.argmax(1) for log in logs], 1) == classes, classes != ABSENT
-
-
-def _share(right: Tensor) -> dict[str, Any]:
-    n = len(right)
-    if not n:
-        # not NaN, which is no JSON
-        return {"accuracy": None, "error": None, "n": 0}
-    p = float(right.float().mean())
-    return {"accuracy": round(p, 4), "error": round(math.sqrt(p * (1 - p) / n), 4), "n": n}
-
 
 def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps: int = 50) -> tuple[dict, Tensor]:
     """Measure everything.

@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stablediffusion.bundled import SMALL
-from stablediffusion.small.drawing import draw
-from stablediffusion.small.loop import Budget, Loop, Rate, seeded
-from stablediffusion.small.networks import autoencoder, text_encoder, unet
-from stablediffusion.small.scenes import sample_scenes
-from stablediffusion.small.train import SECONDS, STEPS, available, main, schedule, train
-from stablediffusion.small.train_unet import train_unet
-from stablediffusion.small.train_vae import whiten
+from stablediffusion.making.loop import Budget, Loop, Rate, seeded
+from stablediffusion.making.networks import autoencoder, text_encoder, unet
+from stablediffusion.making.train import SECONDS, STEPS, available, main, schedule, train
+from stablediffusion.making.train_unet import train_unet
+from stablediffusion.making.train_vae import whiten
+from stablediffusion.scenes.captions import sample_scenes
+from stablediffusion.scenes.drawing import draw
+from stablediffusion.small.files import SMALL
 from tests.support.strategies import generator
 
 # the pretended device's name; torch itself computes nothing there
@@ -144,9 +144,9 @@ def test_the_denoiser_s_stage_resumes_bit_for_bit(tmp_path, monkeypatch, pretend
         with sdpa_kernel(SDPBackend.MATH):
             train_unet(tmp_path / folder, Budget(steps=3), vae, text, batch=2, device=device)
 
-    monkeypatch.setattr("stablediffusion.small.train_unet.Loop", lambda *a, **k: Loop(*a, **k, save_every=0.0))
+    monkeypatch.setattr("stablediffusion.making.train_unet.Loop", lambda *a, **k: Loop(*a, **k, save_every=0.0))
     stage("whole")
-    from stablediffusion.small import train_unet as module
+    from stablediffusion.making import train_unet as module
 
     monkeypatch.setattr(module, "unet_loss", cut_loss := _CutLoss(module.unet_loss))
     with pytest.raises(CutOff):
@@ -291,7 +291,7 @@ def budgets(tmp_path, monkeypatch):
 
     def of(*options):
         found = []
-        monkeypatch.setattr("stablediffusion.small.train.train", lambda folder, given, device: found.append(given))
+        monkeypatch.setattr("stablediffusion.making.train.train", lambda folder, given, device: found.append(given))
         main(["--out", str(tmp_path), *options])
         return found[0]
 

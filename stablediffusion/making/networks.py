@@ -12,8 +12,8 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from stablediffusion.small.drawing import IMAGE_SIZE
-from stablediffusion.small.tokenizer import BOS, EOS, MAX_LENGTH, vocabulary
+from stablediffusion.making.tokenizer import BOS, EOS, MAX_LENGTH, vocabulary
+from stablediffusion.scenes.drawing import IMAGE_SIZE
 
 TEXT_WIDTH = 64
 LATENT_SIZE = IMAGE_SIZE // 4

@@ -1,0 +1,6 @@
+"""How the bundled model and its members were made and measured; nothing that runs needs it, and no wheel has it.
+
+python -m stablediffusion.making.train --out DIR        the model, from nothing
+python -m stablediffusion.making.measure_model          what it draws
+python -m stablediffusion.making.members                its members, and what they do
+"""
