@@ -23,9 +23,8 @@ from IPython.display import Image, display
 from sdeblend import Preference
 from stablediffusion import load_members
 from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
-from stablediffusion.scenes.captions import parse
 from stablediffusion.small import load_small
-from stablediffusion.small.candidates import draw_pool
+from stablediffusion.small.candidates import draw_candidates
 from stablediffusion.small.cells import PROMPTS, draw_cell, mean_and_error
 from stablediffusion.small.demo import NAMES, note
 from stablediffusion.small.files import GUIDANCE, bundled_member, bundled_names
@@ -94,15 +93,15 @@ tuned = {0.25: "morl-25", 0.5: "morl-50", 0.75: "morl-75"}
 tuned = {w: name for w, name in tuned.items() if w in weights}
 oracles = load_members(pipe, {name: bundled_member(name) for name in tuned.values()})
 oracle = [draw_cell(pipe, oracles, Preference({name: 1.0}), **settings) for name in tuned.values()]
-pool = draw_pool(pipe, [parse(prompt) for prompt in PROMPTS], PROMPTS, count=CANDIDATES)
+drawings = draw_candidates(pipe, PROMPTS, count=CANDIDATES, generator=torch.Generator().manual_seed(0))
 
 
 def target(vivid, reward):
     """Return the mean reward of the exact target: drawings tilted by exp(r(w) / alpha), caption by caption."""
     shares = {"compress": 1 - vivid, "vivid": vivid}
-    total = sum(w / members[k].scales[k] * pool.rewards[k].double() for k, w in shares.items())
+    total = sum(w / members[k].scales[k] * drawings.rewards[k].double() for k, w in shares.items())
     tilt = (total / members["vivid"].kl_weight).softmax(1)
-    return float((tilt * pool.rewards[reward].double()).sum(1).mean())
+    return float((tilt * drawings.rewards[reward].double()).sum(1).mean())
 
 
 def curve(positions, cells, reward):

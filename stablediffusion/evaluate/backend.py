@@ -60,8 +60,10 @@ from stablediffusion.identity import base_identity
 from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora, read_lora
 from stablediffusion.members import Members, load_members
+from stablediffusion.prompts import prompt_lines
 from stablediffusion.rewards import ImageReward
 from stablediffusion.rewards.scoring import image_rewards
+from stablediffusion.scenes.captions import different_captions
 from stablediffusion.scenes.scorer import WEIGHTS as SCORER
 from stablediffusion.small import load_small
 from stablediffusion.small.files import GUIDANCE, bundled_member, bundled_names
@@ -289,8 +291,6 @@ def _check_names(table: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def _prompts(settings: Mapping[str, Any], file: str, seed: int) -> list[str]:
-    from stablediffusion.prompts import prompt_lines
-
     given = settings["prompts"]
     if given:
         try:
@@ -300,15 +300,7 @@ def _prompts(settings: Mapping[str, Any], file: str, seed: int) -> list[str]:
     elif settings["path"]:
         raise ValueError(f"{file}: [backend] prompts is missing; give a file with one a line, or a list")
     else:
-        # late: the bundled model's captions need its grammar
-        from stablediffusion.scenes.captions import caption, mention, sample_scenes
-
-        generator = torch.Generator().manual_seed(1000 + seed)
-        found = []
-        while len(found) < settings["captions"]:
-            scenes = mention(sample_scenes(settings["captions"], generator), generator)
-            found = list(dict.fromkeys([*found, *map(caption, scenes)]))
-        found = found[: settings["captions"]]
+        found = different_captions(settings["captions"], torch.Generator().manual_seed(1000 + seed))
     if len(set(found)) < len(found):
         raise ValueError(f"{file}: [backend] prompts must differ, got {len(found) - len(set(found))} twice")
     return found

@@ -30,7 +30,9 @@ from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.members import Members
 from stablediffusion.montage import montage_png
 from stablediffusion.rewards.scoring import Prompts, score_each
+from stablediffusion.scenes.captions import parse
 from stablediffusion.schedulers import scheduler_grid
+from stablediffusion.small.candidates import SCORED, draw_candidates
 
 if TYPE_CHECKING:
     from stablediffusion.evaluate.backend import PipelineBackend
@@ -180,19 +182,17 @@ class PipelineCase(Case):
     @cached_property
     def _target(self) -> dict[str, Tensor] | None:
         """The members' rewards of drawings of the caption, float64 (J,); None for what is no caption."""
-        from stablediffusion.scenes.captions import parse
-        from stablediffusion.small.candidates import SCORED, draw_pool
-
         count = self.backend.settings["candidates"]
         if self.backend.settings["path"] or not count or not set(self.names) <= set(SCORED):
             return None
         try:
-            scene = parse(self.prompt)
+            parse(self.prompt)
         except ValueError:
             return None
         seed = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "little")
-        pool = draw_pool(self.backend.pipe, [scene], [self.prompt], count=count, seed=seed)
-        return {name: pool.rewards[name][0].double() for name in self.names}
+        generator = torch.Generator().manual_seed(seed)
+        found = draw_candidates(self.backend.pipe, [self.prompt], count=count, generator=generator)
+        return {name: found.rewards[name][0].double() for name in self.names}
 
     def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
         images, base = self._images(drawn.samples), self._base_images(draws)

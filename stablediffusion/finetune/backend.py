@@ -32,6 +32,7 @@ from sdeblend.finetune.reward import Reward
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
+from stablediffusion.scenes.captions import training_captions
 from stablediffusion.small.files import MODEL
 
 _Precision = Literal["float32", "bfloat16", "float16"]
@@ -82,10 +83,3 @@ def build(
 def trainer_defaults(table: Mapping[str, Any], /) -> Mapping[str, Any]:
     """Return the trainers' defaults for a ``[model]`` table; see the module's docstring."""
     return {**_DEFAULTS, **(_LARGE if "path" in table else {})}
-
-
-def training_captions(count: int, generator: torch.Generator) -> list[str]:
-    """Draw captions as the bundled model was trained on."""
-    from stablediffusion.scenes.captions import caption, mention, sample_scenes
-
-    return [caption(scene) for scene in mention(sample_scenes(count, generator), generator)]

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
-from stablediffusion.making.members import recipe_of
+from stablediffusion.making.recipes import recipe_of
 from stablediffusion.members import load_members
 from stablediffusion.rewards import REWARDS
-from stablediffusion.scenes.captions import caption, mention, parse, sample_scenes
+from stablediffusion.scenes.captions import different_captions, parse
 from stablediffusion.scenes.scorer import accuracies
 from stablediffusion.small import load_small
-from stablediffusion.small.candidates import SCORED, Pool, draw_pool
+from stablediffusion.small.candidates import SCORED, Candidates, draw_candidates
 from stablediffusion.small.cells import Cell, draw_cell, mean_and_error
 from stablediffusion.small.files import GUIDANCE, SMALL, bundled_member
 
@@ -45,8 +45,8 @@ def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> No
         work: folder with the facts of each member's tuning, NAME.json; what is missing is left out.
     """
     record: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    pipe, prompts = load_small(), captions()
-    pool = draw_pool(pipe, [parse(prompt) for prompt in prompts], prompts, seed=13)
+    pipe, prompts = load_small(), different_captions(CAPTIONS, torch.Generator().manual_seed(11), combination=True)
+    drawn = draw_candidates(pipe, prompts, generator=torch.Generator().manual_seed(13))
     record |= {"captions": CAPTIONS, "pictures a caption": EACH, "steps": STEPS, "scales": dict(scales)}
     bases = {guidance: _cell(pipe, None, prompts, guidance) for guidance in GUIDANCES}
     record["base"] = {f"guidance {g:g}": _facts(cell, cell, prompts) for g, cell in bases.items()}
@@ -55,7 +55,7 @@ def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> No
         facts = work / f"{name}.json"
         own: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         # What is tuned on the base's own samples knows its target from them alone.
-        own["target"] = _own_target(own) if recipe_of(name).own else _target(pool, name, scales)
+        own["target"] = _own_target(own) if recipe_of(name).own else _target(drawn, name, scales)
         for guidance, base in bases.items():
             own[f"guidance {guidance:g}"] = _facts(_cell(pipe, name, prompts, guidance), base, prompts)
         found[name] = own
@@ -80,16 +80,6 @@ def table(record: Mapping[str, Any]) -> str:
         cells += [f"{value:+.2f} ± {error:.2f}" for value, error in moved]
         lines.append("| " + " | ".join([*cells, f"{100 * right['colour']:.0f}, {100 * right['shape']:.0f}"]) + " |")
     return "\n".join(lines)
-
-
-def captions(count: int = CAPTIONS, seed: int = 11) -> list[str]:
-    """Draw different captions with colours, shapes and background mentioned, of the training's combinations."""
-    generator = torch.Generator().manual_seed(seed)
-    found: list[str] = []
-    while len(found) < count:
-        scenes = mention(sample_scenes(count, generator), generator, combination=True)
-        found = list(dict.fromkeys([*found, *map(caption, scenes)]))
-    return found[:count]
 
 
 def _cell(pipe: Any, name: str | None, prompts: Sequence[str], guidance: float) -> Cell:
@@ -126,13 +116,12 @@ def _within(values: Tensor) -> float:
     return float(values.reshape(-1, EACH).var(1).mean().sqrt())
 
 
-def _target(pool: Pool, name: str, scales: Mapping[str, float]) -> dict[str, float]:
+def _target(drawn: Candidates, name: str, scales: Mapping[str, float]) -> dict[str, float]:
     recipe = recipe_of(name)
-    total = sum(weight / scales[reward] * pool.rewards[reward].double() for reward, weight in recipe.weights.items())
-    weights = (torch.as_tensor(total) / recipe.kl_weight).softmax(1)
+    weights = (drawn.total(recipe.weights, scales) / recipe.kl_weight).softmax(1)
     out = {"effective candidates": round(float((1 / weights.square().sum(1)).median()), 1)}
     for reward in SCORED:
-        values = pool.rewards[reward].double()
+        values = drawn.rewards[reward].double()
         gained = ((weights * values).sum(1) - values.mean(1)).mean()
         out[reward] = round(float(gained / values.var(1).mean().sqrt()), 3)
     return out

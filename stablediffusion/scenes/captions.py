@@ -185,6 +185,19 @@ def mention(scenes: list[Scene], generator: torch.Generator, *, combination: boo
     return [_mention(scene, row, keep) for scene, row in zip(scenes, draws, strict=True)]
 
 
+def training_captions(n: int, generator: torch.Generator, *, combination: bool = False) -> list[str]:
+    """Draw captions as the bundled model was trained on; ``combination`` as in ``mention``."""
+    return [caption(scene) for scene in mention(sample_scenes(n, generator), generator, combination=combination)]
+
+
+def different_captions(n: int, generator: torch.Generator, *, combination: bool = False) -> list[str]:
+    """Draw captions as ``training_captions`` does, each one once."""
+    found: list[str] = []
+    while len(found) < n:
+        found = list(dict.fromkeys([*found, *training_captions(n, generator, combination=combination)]))
+    return found[:n]
+
+
 def held_out_captions(n: int, seed: int) -> tuple[list[Scene], list[Scene]]:
     """Draw held-out scenes, and what their captions mention: always the combination, the rest at random.
 
