@@ -7,10 +7,12 @@ This package knows no backend: scores are functions (x, t) -> score. ``toy`` has
 Source: Cheng et al., Diffusion Blend, arXiv 2505.18547.
 """
 
-from sdeblend.blend import Blend, Evaluation, Preference
-from sdeblend.correct import Certificate, Correction, effective_sample_size, systematic_resample
+from sdeblend.blend import Blend, Evaluation
+from sdeblend.certificate import Certificate, effective_sample_size
+from sdeblend.correct import Correction, systematic_resample
 from sdeblend.grid import time_grid
 from sdeblend.noise import BatchNoise, BrownianNoise, PerSampleNoise, ReplayNoise
+from sdeblend.preference import Preference
 from sdeblend.schedule import (
     SCHEDULES,
     KarrasVE,
@@ -20,10 +22,11 @@ from sdeblend.schedule import (
     VPCosine,
     VPLinear,
 )
-from sdeblend.score import Concatenated, CountingStack, ScoreFunction, ScoreStack, Stack, convert
+from sdeblend.score import Bound, ScoreFunction, ScoreStack, Stack, convert
 from sdeblend.sde import BackwardSDE
 from sdeblend.select import OneMemberPerStep
 from sdeblend.solve import Solution, State, solve, trajectory
+from sdeblend.stacks import Concatenated, CountingStack
 from sdeblend.steps import STEPS, Ancestral, EulerMaruyama, ExponentialMultistep, Heun, Step
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "BackwardSDE",
     "BatchNoise",
     "Blend",
+    "Bound",
     "BrownianNoise",
     "Certificate",
     "Concatenated",

@@ -24,6 +24,9 @@ class NoiseSource(Protocol):
     def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor, /) -> Tensor: ...
 
 
+Noise = torch.Generator | Sequence[torch.Generator] | NoiseSource
+
+
 class BatchNoise:
     """One generator for the whole batch; it draws in memory order, so a state of another layout sees other draws.
 
@@ -106,7 +109,7 @@ class BrownianNoise:
         return (increment / (float(t) - float(s)) ** 0.5).to(like)
 
 
-def noise_source(noise: torch.Generator | Sequence[torch.Generator] | NoiseSource) -> NoiseSource:
+def noise_source(noise: Noise) -> NoiseSource:
     """Return a source for what the user gave: a generator, one generator a sample, or a source.
 
     Raises:

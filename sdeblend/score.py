@@ -12,16 +12,17 @@ affine in the prediction with a slope that does not depend on x. So a combinatio
 sum to one means the same in every parametrisation; this one fact carries the whole library.
 
 A ``ScoreFunction`` takes (x, t), x of shape (B, *event) and t a 0-dim float64 tensor, and has everything
-else (prompt, adapter, guidance) bound. A ``ScoreStack`` gives K members in one evaluation, so that one
-mixture kernel or one UNet pass can serve all. Any callable is a score: there is no module in the core.
+else (prompt, adapter, guidance) bound. Any callable is one: there is no module in the core. A ``ScoreStack`` gives K
+members in one evaluation, so that one mixture kernel or one UNet pass can serve all, and knows their names.
 
 Source: Salimans and Ho 2202.00512 (v); Lipman et al. 2210.02747 (flow).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,53 +31,71 @@ from sdeblend.schedule import NoiseSchedule, Time
 
 Parametrisation = Literal["score", "eps", "x0", "v", "flow"]
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+Function = TypeVar("Function")
 
 
-@runtime_checkable
-class ScoreStack(Protocol):
-    """K scores in one evaluation.
+class Bound:
+    """What may be bound to a batch (one prompt a row), and may prepare for the times of a run; by default neither.
 
-    ``stack(x, t)`` returns (K, B, *event); ``stack(x, t, active)`` only the members named by the
-    positions in ``active``, in that order, and evaluates no other. A stack that is bound to its batch
-    (one prompt a row) also has ``rows(index)``, which restricts it to these rows. One that can compute the
-    coefficients of many times at once has ``prepare(times)``, which a run calls with its grid.
+    Score functions, stacks and rewards inherit it where they are.
     """
 
-    def __len__(self) -> int: ...
+    def rows(self, index: Tensor) -> Self:
+        """Return this for the batch rows ``index`` (long) only."""
+        return self
 
-    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None, /) -> Tensor: ...
+    def prepare(self, times: Tensor) -> None:
+        """Get ready for these times, as a run tells its grid; it saves time and changes no result."""
 
 
-def restrict_rows(function: Any, index: Tensor) -> Any:  # a score function or a stack, as given
+def restrict_rows(function: Function, index: Tensor) -> Function:
     """Return ``function`` for the batch rows ``index`` only: itself unless it is bound to its batch."""
-    rows = getattr(function, "rows", None)
-    return function if rows is None else rows(index)
+    return function.rows(index) if isinstance(function, Bound) else function
 
 
 def prepare_times(function: object, times: Tensor) -> None:
-    """Let a score or stack that can prepare for the times of a run do so; it saves time and changes no result."""
-    prepare = getattr(function, "prepare", None)
-    if prepare is not None:
-        prepare(times)
+    """Let a score or stack that can prepare for the times of a run do so."""
+    if isinstance(function, Bound):
+        function.prepare(times)
 
 
-class Stack:
-    """A ``ScoreStack`` of separate score functions, evaluated one after the other.
+class ScoreStack(Bound, ABC):
+    """K scores in one evaluation; every stack inherits from this.
+
+    Attributes:
+        names: of the members after the base, which is the first: K - 1 different ones; None if they have none.
+    """
+
+    names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None, /) -> Tensor:
+        """Return (K, B, *event): all scores, or only those at the positions ``active``, in that order."""
+
+
+class Stack(ScoreStack):
+    """Separate score functions, evaluated one after the other.
 
     Args:
         functions: K score functions, (x, t) -> (B, *event).
+        names: of all but the first, so that a preference can weigh them by name; None if they have none.
 
     Raises:
         TypeError: if one of them is not callable.
+        ValueError: no function, or names that do not fit.
     """
 
-    def __init__(self, functions: Sequence[ScoreFunction]) -> None:
+    def __init__(self, functions: Sequence[ScoreFunction], names: Sequence[str] | None = None) -> None:
         self.functions = tuple(functions)
         for i, function in enumerate(self.functions):
             if not callable(function):
                 raise TypeError(f"a stack needs score functions (x, t) -> score, got {type(function).__name__} at {i}")
         if not self.functions:
             raise ValueError("a stack needs at least one score function, got none")
+        self.names = check_names(names, len(self.functions))
 
     def __len__(self) -> int:
         return len(self.functions)
@@ -86,84 +105,28 @@ class Stack:
         return torch.stack([self.functions[k](x, t) for k in chosen])
 
     def prepare(self, times: Tensor) -> None:
-        """Let the functions prepare for these times."""
         for function in self.functions:
             prepare_times(function, times)
 
     def rows(self, index: Tensor) -> Stack:
-        """Return the stack for the batch rows ``index``."""
-        return Stack([restrict_rows(function, index) for function in self.functions])
+        return Stack([restrict_rows(function, index) for function in self.functions], self.names)
 
 
-class Concatenated:
-    """Several stacks seen as one: members of the first, then of the second, and so on.
+def check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    """Return the names of a stack of ``count`` scores, those after the base, or raise unless they fit.
 
-    Args:
-        stacks: the parts; each is called at most once an evaluation, with its own active members.
+    Raises:
+        ValueError: not one a member after the base, or a name twice.
     """
-
-    def __init__(self, stacks: Sequence[ScoreStack]) -> None:
-        self.stacks = tuple(stacks)
-        self._owner = [(s, k) for s, stack in enumerate(self.stacks) for k in range(len(stack))]
-
-    def __len__(self) -> int:
-        return len(self._owner)
-
-    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
-        chosen = list(range(len(self))) if active is None else list(active)
-        out: list[Tensor | None] = [None] * len(chosen)
-        for s, stack in enumerate(self.stacks):
-            places = [place for place, k in enumerate(chosen) if self._owner[k][0] == s]
-            if places:
-                values = stack(x, t, [self._owner[chosen[place]][1] for place in places])
-                for place, value in zip(places, values, strict=True):
-                    out[place] = value
-        return torch.stack([value for value in out if value is not None])
-
-    def prepare(self, times: Tensor) -> None:
-        """Let the stacks prepare for these times."""
-        for stack in self.stacks:
-            prepare_times(stack, times)
-
-    def rows(self, index: Tensor) -> Concatenated:
-        """Return the stacks for the batch rows ``index``."""
-        return Concatenated([restrict_rows(stack, index) for stack in self.stacks])
-
-
-class CountingStack:
-    """A stack that counts what it evaluates: ``evaluations`` is members times rows, ``calls`` the passes.
-
-    Args:
-        stack: the stack to count.
-    """
-
-    def __init__(self, stack: ScoreStack) -> None:
-        self.stack, self.evaluations, self.calls = stack, 0, 0
-
-    def __len__(self) -> int:
-        return len(self.stack)
-
-    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
-        self.evaluations += (len(self) if active is None else len(active)) * len(x)
-        self.calls += 1
-        return self.stack(x, t, active)
-
-    def rows(self, index: Tensor) -> _CountingRows:
-        """Return the stack for the batch rows ``index``; what it evaluates is counted here."""
-        return _CountingRows(self, index)
-
-
-class _CountingRows:
-    def __init__(self, counter: CountingStack, index: Tensor) -> None:
-        self.counter, self.stack = counter, restrict_rows(counter.stack, index)
-
-    def __len__(self) -> int:
-        return len(self.stack)
-
-    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
-        self.counter.evaluations += (len(self) if active is None else len(active)) * len(x)
-        self.counter.calls += 1
-        return self.stack(x, t, active)
+    if names is None:
+        return None
+    out = tuple(names)
+    if isinstance(names, str) or len(out) != count - 1 or len(set(out)) != len(out):
+        raise ValueError(
+            f"a stack of {count} scores needs {count - 1} different names, of the members after the base, "
+            f"got {list(out)}"
+        )
+    return out
 
 
 def member_scores(stack: ScoreStack, x: Tensor, t: Tensor, member: Tensor) -> Tensor:

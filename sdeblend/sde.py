@@ -58,8 +58,10 @@ class BackwardSDE:
         return self.schedule.diffusion_sq(t).sqrt()
 
     def denoised(self, x: Tensor, t: Time) -> Tensor:
-        """Return the posterior mean E[x_0 | x_t = x], (B, *event)."""
+        """Return the posterior mean E[x_0 | x_t = x], (B, *event); at t = 0 it is x."""
         t = as_time(t)
+        if float(t) == 0:
+            return x
         alpha, variance = float(self.schedule.alpha(t)), float(self.schedule.sigma(t).square())
         return (x + variance * self.score(x, t)) / alpha
 

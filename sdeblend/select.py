@@ -19,6 +19,7 @@ Source: Diffusion Blend 2505.18547, Proposition 2 and Algorithm 3; Tijdeman, The
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdeblend.blend import Preference, check_coefficients
-from sdeblend.score import ScoreStack, member_scores, prepare_times, restrict_rows
+from sdeblend.blend import check_coefficients
+from sdeblend.preference import Preference
+from sdeblend.score import Bound, ScoreStack, member_scores, prepare_times, restrict_rows
 
 Selection = Literal["systematic", "independent", "shared"]
 # A random start in a sequence of this length gives member i a probability within 2/PERIOD of w_i.
@@ -131,7 +133,7 @@ def _uniform(batch: int, generator: torch.Generator | Sequence[torch.Generator])
     return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generator])
 
 
-class OneMemberPerStep:
+class OneMemberPerStep(Bound):
     """DB-MPA-LS as a score function: at each time of the grid every sample has one member.
 
     The draw is keyed on the time, not on the call, so a step that calls the score twice at one time
@@ -160,7 +162,7 @@ class OneMemberPerStep:
         generator: torch.Generator | Sequence[torch.Generator],
     ) -> None:
         if isinstance(coefficients, Preference):
-            coefficients = coefficients.coefficients(getattr(stack, "names", None))
+            coefficients = coefficients.over(stack)
         self.probabilities = check_probabilities(coefficients, len(stack))
         if self.probabilities.ndim == 2 and len(self.probabilities) != batch:
             raise ValueError(f"weights for {len(self.probabilities)} samples need a batch of as many, got {batch}")
@@ -178,14 +180,10 @@ class OneMemberPerStep:
         return member_scores(self.stack, x, t, self.index[place].to(x.device))
 
     def prepare(self, times: Tensor) -> None:
-        """Let the stack prepare for the times of a run."""
         prepare_times(self.stack, times)
 
     def rows(self, index: Tensor) -> OneMemberPerStep:
-        """Return the selection for the batch rows ``index``."""
-        part = object.__new__(OneMemberPerStep)
-        part.stack, part._place = restrict_rows(self.stack, index), self._place
-        rows = index.cpu()
-        part.index = self.index[:, rows]
+        part, rows = copy.copy(self), index.cpu()
+        part.stack, part.index = restrict_rows(self.stack, index), self.index[:, rows]
         part.probabilities = self.probabilities[rows] if self.probabilities.ndim == 2 else self.probabilities
         return part

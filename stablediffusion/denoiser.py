@@ -9,6 +9,7 @@ as well as after it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeblend.score import ScoreStack
 from stablediffusion.adapters import SideBySide
 from stablediffusion.members import Member, Members
 
@@ -72,7 +74,7 @@ class TextEmbeddings:
         return mapped
 
 
-class DenoiserStack:
+class DenoiserStack(ScoreStack):
     """Base and members of a pipeline's denoiser as one stack; member 0 is the base.
 
     Args:
@@ -90,7 +92,7 @@ class DenoiserStack:
         *,
         side_by_side: bool = False,
     ) -> None:
-        self.forward, self.members = forward, members
+        self.forward, self.members, self.names = forward, members, members.names
         self.embeddings = TextEmbeddings()
         self._all: list[Member] = [Member("base"), *(members[name] for name in members.names)]
         signature = inspect.signature(type(getattr(network, "_orig_mod", network)).forward)
@@ -142,8 +144,7 @@ class DenoiserStack:
 
     def rows(self, index: Tensor) -> DenoiserStack:
         """Return the stack for the images ``index`` of this call."""
-        part = object.__new__(DenoiserStack)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part._index = index if self._index is None else self._index[index]
         return part
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Blend, Evaluation, Preference
-from sdeblend.correct import Certificate, Correction
+from sdeblend.certificate import Certificate
+from sdeblend.correct import Correction
 from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
 from sdeblend.steps import Move
 from stablediffusion.adapters import SOUPS

@@ -15,13 +15,14 @@ Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algor
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdeblend.score import conversion
+from sdeblend.score import Bound, ScoreStack, conversion
 from stablediffusion.adapters import SOUPS
 from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
@@ -30,7 +31,7 @@ from stablediffusion.members import Members
 from stablediffusion.schedulers import schedule_of, timestep_of
 
 
-class PipelineScore:
+class PipelineScore(ScoreStack):
     """Scores of a pipeline's base (member 0) and members on latents, with guidance; see ``pipeline_score``.
 
     Attributes:
@@ -39,6 +40,8 @@ class PipelineScore:
         names: the members' names, the order of the stack after the base.
         shape: of the state, (B, *event); Flux packs its latents into (B, tokens, channels).
     """
+
+    names: tuple[str, ...]
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class PipelineScore:
         size: tuple[int, int],
         side_by_side: bool,
     ) -> None:
+        self.names = members.names
         self.pipe, self.members, self.guidance_scale, self.size = pipe, members, float(guidance_scale), size
         self.schedule, self.prediction = schedule_of(pipe)
         network = denoiser_of(pipe)[1]
@@ -68,11 +72,6 @@ class PipelineScore:
                 self._stack.embeddings.record(member.name, base, own)
         event, self._fixed = denoiser_arguments(pipe, base, size, self.branches, embedded_guidance)
         self.shape = (len(prompts) * images, *event)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The members' names, in the order of the stack after the base."""
-        return self.members.names
 
     def __len__(self) -> int:
         return len(self._stack)
@@ -104,8 +103,7 @@ class PipelineScore:
 
     def rows(self, index: Tensor) -> PipelineScore:
         """Return the stack for the images ``index``."""
-        part = object.__new__(PipelineScore)
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part._index = index if self._index is None else self._index[index]
         return part
 
@@ -146,7 +144,7 @@ class PipelineScore:
         return self.pipe.image_processor.postprocess(image, output_type=output_type)
 
 
-class SoupScore:
+class SoupScore(Bound):
     """The score of one network whose adapters are averaged: the rewarded soup, on latents.
 
     Args:

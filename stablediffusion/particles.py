@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Evaluation, combine
-from sdeblend.correct import Correction, Weights, effective_sample_size
+from sdeblend.certificate import effective_sample_size
+from sdeblend.correct import Correction, Weights
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import Parametrisation, conversion
 from sdeblend.steps import Move
@@ -78,17 +79,10 @@ class Particles:
             return
         slope = move.b * float(conversion(self.schedule, move.t, self.prediction, "score")[1])
         active = torch.tensor(evaluation.active)
-        share = torch.tensordot(self._undo(), evaluation.pair_spread(), 1).cpu() * slope**2 / (2 * move.g**2)
+        undo = self.weights.undo() / len(self.weights.particles)
+        share = torch.tensordot(undo, evaluation.pair_spread(), 1).cpu() * slope**2 / (2 * move.g**2)
         pairs[active[:, None], active] = share
         self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
-
-    def _undo(self) -> Tensor:
-        """Return weights of the images that stand for the blend without resampling, (B,), sum one."""
-        undo = self.weights.residual - self.weights.steer
-        out = torch.empty_like(undo)
-        for index in self.weights.members_of:
-            out[index] = undo[index].softmax(0) * (len(undo[index]) / len(undo))
-        return out
 
     def effective_samples(self) -> list[EffectiveSamples]:
         """Return the effective sample sizes without and with resampling, one pair a problem."""
@@ -97,7 +91,7 @@ class Particles:
                 certificate.ess_fraction * len(certificate.per_sample),
                 float(effective_sample_size(self.weights.residual[index])),
             )
-            for certificate, index in zip(self.weights.certificates(), self.weights.members_of, strict=True)
+            for certificate, index in zip(self.weights.certificates(), self.weights.particles, strict=True)
         ]
 
     def resample(self) -> Tensor | None:

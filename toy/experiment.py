@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend, Correction, OneMemberPerStep, ScoreFunction, State, trajectory
-from sdeblend.correct import WARN_ESS, WARN_NATS, Certificate
+from sdeblend.certificate import WARN_ESS, WARN_NATS, Certificate
 from toy import metrics
 from toy.mixture import GaussianMixture
 from toy.problems import Problem
@@ -159,7 +159,7 @@ def _sampled(end: State, weighted: bool) -> Sampled:
     """Return the samples of a run; weights that only certify belong to the certificate, not to the samples."""
     if not weighted or end.weights is None:
         return Sampled(end.x)
-    return Sampled(end.x, end.log_weights, end.weights.eve if end.weights.resampled else None)
+    return Sampled(end.x, end.log_weights, end.weights.ancestors if end.weights.resampled else None)
 
 
 def _target_report(problem: Problem, prepared: Prepared) -> dict[str, Any]:

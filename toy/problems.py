@@ -104,7 +104,7 @@ class Problem:
 
     def stack(self, schedule: NoiseSchedule) -> MixtureStack:
         """Return the scores of the base and the members, in this order."""
-        return MixtureStack([self.base, *self.members()], schedule)
+        return MixtureStack([self.base, *self.members()], schedule, self.names)
 
     def blend_log_normalizer(self, coefficients: Preference | Tensor | Sequence[float]) -> float:
         """Return log E[W] of the corrected blend.

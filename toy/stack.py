@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
+from sdeblend.score import Bound, ScoreStack, check_names
 from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 from toy.mixture import GaussianMixture
 
@@ -30,19 +31,22 @@ _Key = tuple[tuple[int, ...], torch.dtype, torch.device]
 _Ready = tuple[Kernel, tuple[int, ...], Tensor, Coefficients]
 
 
-class MixtureStack:
+class MixtureStack(ScoreStack):
     """M mixtures as one stack of scores (x (B, d), t) -> (M, B, d).
 
     Args:
         mixtures: the members, the base first if there is one; coordinates are centred at the mean of the first.
         schedule: the forward process.
+        names: of the mixtures after the first, so that a preference can weigh them by name; None if they have none.
 
     Raises:
-        ValueError: no mixture, or mixtures of different dimensions.
+        ValueError: no mixture, mixtures of different dimensions, or names that do not fit.
         TypeError: something that is no mixture or no schedule.
     """
 
-    def __init__(self, mixtures: Sequence[GaussianMixture], schedule: NoiseSchedule) -> None:
+    def __init__(
+        self, mixtures: Sequence[GaussianMixture], schedule: NoiseSchedule, names: Sequence[str] | None = None
+    ) -> None:
         self.mixtures, self.schedule = tuple(mixtures), schedule
         if not self.mixtures:
             raise ValueError("a mixture stack needs at least one mixture, got none")
@@ -55,6 +59,7 @@ class MixtureStack:
                 )
         if not isinstance(schedule, NoiseSchedule):
             raise TypeError(f"a mixture stack needs a NoiseSchedule, got {type(schedule).__name__}")
+        self.names = check_names(names, len(self.mixtures))
         self.dim = self.mixtures[0].dim
         self._isotropic = all(mixture.isotropic for mixture in self.mixtures)
         self._centre = self.mixtures[0].mean
@@ -165,7 +170,7 @@ class MixtureStack:
         return tuple(value.to(device=device, dtype=dtype) for value in (centre, *values))
 
 
-class MixtureScore:
+class MixtureScore(Bound):
     """The score of one mixture as a function (x (B, d), t) -> (B, d), as fast as a stack of one.
 
     Attributes:
@@ -178,6 +183,9 @@ class MixtureScore:
     def __call__(self, x: Tensor, t: Time) -> Tensor:
         """Return the score at x (B, d) and time t, (B, d)."""
         return self.stack(x, t)[0]
+
+    def prepare(self, times: Tensor) -> None:
+        self.stack.prepare(times)
 
 
 def mixture_score(mixture: GaussianMixture, schedule: NoiseSchedule) -> MixtureScore:

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from sdeblend.baselines.drawn import Reward, usable
 from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import ScoreFunction, restrict_rows
+from sdeblend.score import Bound, ScoreFunction, restrict_rows
 
 _TINY = 1e-12
 
 
-class RewardGuidance:
+class RewardGuidance(Bound):
     """A ``ScoreFunction``: a score guided by rewards; one differentiated evaluation a call.
 
     Args:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.baselines.drawn import Drawn, Reward, advance, denoised, evaluations, usable
-from sdeblend.correct import effective_sample_size, systematic_resample
+from sdeblend.certificate import effective_sample_size
+from sdeblend.correct import systematic_resample
 from sdeblend.grid import check_grid
 from sdeblend.noise import NoiseSource
 from sdeblend.sde import BackwardSDE

@@ -24,7 +24,7 @@ from sdeblend.evaluate.draws import Draws
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, ScoreStack
 from sdeblend.sde import BackwardSDE
-from sdeblend.solve import trajectory
+from sdeblend.solve import solve
 from sdeblend.steps import Step
 
 GROUP = "sdeblend.backends"
@@ -202,9 +202,7 @@ class Case(ABC):
             c[0] = 1
             sde = BackwardSDE(self.schedule, Blend(self.stack(len(draws)), c))
             x = draws.start(self.like, self.schedule.prior_std())
-            for state in trajectory(sde, x, self.grid, step=self.step, noise=draws.noise()):
-                x = state.x
-            self._base = draws, x
+            self._base = draws, solve(sde, x, self.grid, step=self.step, noise=draws.noise()).samples
         return self._base[1]
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> Mapping[str, Sequence[Any]]:

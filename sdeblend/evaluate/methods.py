@@ -28,7 +28,7 @@ from sdeblend.evaluate.draws import Draws
 from sdeblend.score import ScoreFunction, restrict_rows
 from sdeblend.sde import BackwardSDE
 from sdeblend.select import OneMemberPerStep, Selection
-from sdeblend.solve import trajectory
+from sdeblend.solve import solve
 
 Options = Mapping[str, Any]
 Sampler = Callable[[Case, Wanted, Draws, Options], Drawn]
@@ -64,25 +64,23 @@ class Method:
 def _run(case: Case, score: ScoreFunction, draws: Draws, correct: Correction | None = None) -> Drawn:
     """Solve the backward SDE of a score; with a correction, weights, certificate and ancestors come with it."""
     x = draws.start(case.like, case.schedule.prior_std())
-    sde, end = BackwardSDE(case.schedule, score), None
-    for state in trajectory(sde, x, case.grid, step=case.step, noise=draws.noise(), correct=correct):
-        end = state
-    assert end is not None
+    sde = BackwardSDE(case.schedule, score)
+    end = solve(sde, x, case.grid, step=case.step, noise=draws.noise(), correct=correct)
     calls = end.evaluations if isinstance(score, Blend) else float(len(case.grid) - 1) * case.step.evaluations
-    if end.weights is None:
-        return Drawn(end.x, calls)
-    certificate, (log_normalizer, _) = end.weights.certificates()[0], end.weights.normalizers()[0]
+    if end.certificate is None:
+        return Drawn(end.samples, calls)
+    certificate = end.certificate
     facts = {
         "certificate": certificate.value,
         "certificate_se": certificate.standard_error,
         "ess": certificate.ess_fraction,
-        "log_normalizer": log_normalizer,
+        "log_normalizer": end.log_normalizers[0][0],
     }
     return Drawn(
-        end.x,
+        end.samples,
         calls,
         log_weights=end.log_weights,
-        ancestors=end.weights.eve if end.weights.resampled else None,
+        ancestors=end.ancestors,
         facts=facts,
     )
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sdeblend.steps.ancestral import Ancestral
-from sdeblend.steps.base import Move, Step, StepCoefficients
+from sdeblend.steps.base import Move, Step, StepCoefficients, Walk
 from sdeblend.steps.euler_maruyama import EulerMaruyama
 from sdeblend.steps.exponential import ExponentialMultistep
 from sdeblend.steps.heun import Heun
@@ -17,5 +17,5 @@ STEPS: dict[str, Callable[[], Step]] = {
 }
 
 __all__ = [
-    "STEPS", "Ancestral", "EulerMaruyama", "ExponentialMultistep", "Heun", "Move", "Step", "StepCoefficients",
+    "STEPS", "Ancestral", "EulerMaruyama", "ExponentialMultistep", "Heun", "Move", "Step", "StepCoefficients", "Walk",
 ]

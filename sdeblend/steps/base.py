@@ -124,6 +124,37 @@ class Step(ABC):
         return self.advance(move, x, sde.score(x, move.t), None, noise, sde.score)
 
 
+class Walk:
+    """The moves of one run, and what a multistep method remembers between them: one for every chain of the library.
+
+    Args:
+        step: the step.
+        schedule: the forward process.
+        grid: decreasing times (n + 1,).
+
+    Attributes:
+        step: the step.
+        moves: its n moves.
+        old: the last move's posterior mean (B, *event); None at the start, and for methods that remember nothing.
+    """
+
+    def __init__(self, step: Step, schedule: NoiseSchedule, grid: Tensor) -> None:
+        self.step, self.moves = step, step.plan(schedule, grid)
+        self.old: Tensor | None = None
+
+    def advance(self, move: Move, x: Tensor, score: Tensor, noise: Tensor | None, again: ScoreFunction) -> Tensor:
+        """Take one move and remember it; arguments and returns as ``Step.advance``."""
+        moved = self.step.advance(move, x, score, self.old, noise, again)
+        if self.step.multistep:
+            self.old = (x * move.p).add_(score, alpha=move.q)
+        return moved
+
+    def select(self, index: Tensor) -> None:
+        """Go on with the samples ``index`` (long): their memory goes with them."""
+        if self.old is not None:
+            self.old = self.old[index]
+
+
 def log_snr_gap(schedule: NoiseSchedule, grid: Tensor) -> Tensor:
     """Return l(s) - l(t) for each step, float64 (n,), infinite for a step to 0."""
     return schedule.log_snr(grid).diff()

@@ -23,7 +23,7 @@ from sdeblend.baselines.interpolation import PAIR
 from sdeblend.blend import Blend
 from sdeblend.evaluate.backend import Case, Distance, Wanted, moved
 from sdeblend.evaluate.draws import Draws
-from sdeblend.score import ScoreFunction, ScoreStack, restrict_rows
+from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
 from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
@@ -260,11 +260,11 @@ class PipelineCase(Case):
         return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
 
-class _CutStack:
+class _CutStack(ScoreStack):
     """A stack that is given at most ``most`` rows at once."""
 
-    def __init__(self, stack: Any, most: int, rows: int) -> None:
-        self.stack, self.parts = stack, torch.arange(rows).split(max(1, most))
+    def __init__(self, stack: ScoreStack, most: int, rows: int) -> None:
+        self.stack, self.names, self.parts = stack, stack.names, torch.arange(rows).split(max(1, most))
 
     def __len__(self) -> int:
         return len(self.stack)
@@ -278,7 +278,7 @@ class _CutStack:
         return _CutStack(self.stack.rows(index), len(self.parts[0]), len(index))
 
 
-class _Cut:
+class _Cut(Bound):
     """A score that is given at most ``most`` rows at once."""
 
     def __init__(self, score: Any, most: int, rows: int) -> None:
@@ -302,6 +302,3 @@ class _ImageScore:
             images = self.case.decode(x)
         found = self.case.scored([self.name], images, way="on the way, ", differentiate=self.differentiate)
         return found[self.name].to(x) / self.scale
-
-    def rows(self, index: Tensor) -> _ImageScore:
-        return self

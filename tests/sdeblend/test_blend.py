@@ -213,7 +213,7 @@ def test_a_blend_keeps_dtype_and_event_shape_and_state(dtype):
 def test_a_blend_of_mixture_scores():
     schedule = VPLinear()
     mixtures = [GaussianMixture([0.5, 0.5], [[-k - 1.0, 0.0], [1.0, k]], [0.3, 0.5 + k]) for k in range(3)]
-    stack, x = CountingStack(MixtureStack(mixtures, schedule)), draw(5, 2)
+    stack, x = CountingStack(MixtureStack(mixtures, schedule, ("a", "b"))), draw(5, 2)
     got = Blend(stack, Preference({"a": 0.5, "b": 0.4}, strength=1.5))(x, T)
     scores = [mixture.noised(schedule, T).score(x) for mixture in mixtures]
     torch.testing.assert_close(got, -0.35 * scores[0] + 0.75 * scores[1] + 0.6 * scores[2], rtol=1e-10, atol=1e-10)
@@ -237,7 +237,7 @@ def test_the_sum_is_checked_with_a_tolerance():
         (lambda: Blend(leaves(2), row(0.5, 0.25, 0.25)), ValueError, r"shape \(2,\) or \(B, 2\), got \(3,\)"),
         (lambda: Blend(leaves(3), Preference([0.5, 0.1, 0.2])), ValueError, "4 scores, got 3; put the base first"),
         (lambda: Blend(leaves(2), "half"), TypeError, "must be numbers"),
-        (lambda: Blend(3, row(0.5, 0.5)), TypeError, "score stack or a list"),
+        (lambda: Blend(3, row(0.5, 0.5)), TypeError, "ScoreStack or a list"),
         (lambda: Blend([], row()), ValueError, "at least one score"),
         (lambda: Blend(leaves(2), torch.full((3, 2), 0.5))(draw(4, 2), T), ValueError, "3 samples.*got 4"),
     ],

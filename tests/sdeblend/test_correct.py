@@ -28,7 +28,6 @@ from sdeblend import (
 from sdeblend.correct import log_mean_exp
 from tests.support.core import Z, moment_z, seeded
 from toy.problems import line2, ring8
-from toy.stack import MixtureStack
 
 SCHEDULE = VPLinear()
 PROBLEM = line2(kl_weight=0.25)
@@ -194,7 +193,7 @@ def test_resampled_runs_repeat_and_have_their_own_generator(name):
 
 def test_resampling_with_memory_moves_the_memory_too():
     # A sample and its ancestors carry D_old: recompute one step after a resampling from the ancestor's own past.
-    stack = MixtureStack([PROBLEM.base, *PROBLEM.members()], SCHEDULE)
+    stack = PROBLEM.stack(SCHEDULE)
     sde, grid = BackwardSDE(SCHEDULE, Blend(stack, PREFERENCE)), time_grid(SCHEDULE, 30, "log-snr")
     x, draws = SCHEDULE.prior((200, 1), generator=seeded(1), dtype=torch.float64), []
     generator = seeded(2)
@@ -235,11 +234,13 @@ def test_groups_are_resampled_apart():
     weights = states[-1].weights
     assert weights.resampled
     # every survivor of a group descends from that group
-    assert bool((groups[weights.eve] == groups).all())
+    assert bool((groups[weights.ancestors] == groups).all())
     mixed = list(trajectory(sde, x, grid, noise=seeded(2), correct=resampling()))[-1].weights
-    assert mixed.resampled and not bool((groups[mixed.eve] == groups).all())
+    assert mixed.resampled and not bool((groups[mixed.ancestors] == groups).all())
     solution = solve(sde, x, grid, noise=seeded(2), correct=resampling(groups=groups))
     assert len(solution.certificates) == len(solution.log_normalizers) == 3
+    assert torch.equal(solution.ancestors, weights.ancestors)
+    assert solve(sde, x, grid, noise=seeded(2), correct="certify").ancestors is None
 
 
 def test_preferences_by_sample_are_problems_of_their_own():

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from sdeblend import SCHEDULES, BackwardSDE, Concatenated, CountingStack, ScoreStack, Stack, VPLinear, convert
+from sdeblend import SCHEDULES, BackwardSDE, Bound, Concatenated, CountingStack, ScoreStack, Stack, VPLinear, convert
 from sdeblend.score import conversion, member_scores
 from tests.support.core import relative, seeded
 from toy.mixture import GaussianMixture
@@ -96,7 +96,7 @@ def linear(k):
     return lambda x, t: (k + 1) * x + float(t)
 
 
-class Bound:
+class Scaled(Bound):
     """A score bound to its batch: row i is multiplied by its own factor."""
 
     def __init__(self, factor):
@@ -106,7 +106,7 @@ class Bound:
         return self.factor[:, None] * x
 
     def rows(self, index):
-        return Bound(self.factor[index])
+        return Scaled(self.factor[index])
 
 
 def test_stack_and_concatenated_evaluate_what_is_asked_in_that_order():
@@ -133,7 +133,7 @@ def test_member_scores_evaluate_each_row_once_by_its_own_member():
 
 def test_member_scores_restrict_bound_functions_to_their_rows():
     factors = torch.arange(1.0, 7.0, dtype=torch.float64)
-    stack = CountingStack(Concatenated([Stack([Bound(factors)]), Stack([linear(0), Bound(10 * factors)])]))
+    stack = CountingStack(Concatenated([Stack([Scaled(factors)]), Stack([linear(0), Scaled(10 * factors)])]))
     x, t = draw((6, 2)), torch.tensor(0.0, dtype=torch.float64)
     member = torch.tensor([0, 2, 1, 0, 2, 2])
     scale = torch.where(member == 0, factors, torch.where(member == 1, 1.0, 10 * factors))

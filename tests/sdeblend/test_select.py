@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdeblend import BackwardSDE, Blend, CountingStack, Heun, OneMemberPerStep, Preference, Stack, VPLinear, solve
+from sdeblend import (
+    BackwardSDE,
+    Blend,
+    Bound,
+    CountingStack,
+    Heun,
+    OneMemberPerStep,
+    Preference,
+    Stack,
+    VPLinear,
+    solve,
+)
 from sdeblend.grid import time_grid
 from sdeblend.select import select_members, systematic_sequence
 from tests.support.core import Z, seeded
@@ -180,7 +191,7 @@ def test_rows_keep_their_members():
 
 
 def test_selection_of_bound_functions_sees_their_own_rows():
-    class Bound:
+    class Scaled(Bound):
         def __init__(self, factor):
             self.factor = factor
 
@@ -188,10 +199,10 @@ def test_selection_of_bound_functions_sees_their_own_rows():
             return self.factor[:, None] * x
 
         def rows(self, index):
-            return Bound(self.factor[index])
+            return Scaled(self.factor[index])
 
     factor = torch.arange(1.0, 7.0, dtype=torch.float64)
-    selection = OneMemberPerStep(Stack([Bound(factor), Bound(-factor)]), row(0.5, 0.5), GRID, 6, generator=seeded())
+    selection = OneMemberPerStep(Stack([Scaled(factor), Scaled(-factor)]), row(0.5, 0.5), GRID, 6, generator=seeded())
     x = torch.ones(6, 1, dtype=torch.float64)
     for place in range(5):
         sign = 1 - 2 * selection.index[place].double()

@@ -15,8 +15,8 @@ from sdeblend.baselines.steering import steer
 from sdeblend.baselines.union import sample_union
 from sdeblend.blend import Blend
 from sdeblend.noise import BatchNoise
-from sdeblend.score import CountingStack
 from sdeblend.solve import solve
+from sdeblend.stacks import CountingStack
 from sdeblend.steps import Ancestral, EulerMaruyama, ExponentialMultistep
 from tests.support.strategies import generator, refuses
 from toy import GaussianMixture, MixtureStack, QuadraticReward, mixture_score
