@@ -31,8 +31,8 @@ import torch
 from benchmarks.timing import RESULTS
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from sdeblend.finetune.config import TRAINERS
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.io import write_atomically
+from sdeblend.reward import WeightedReward
 from sdeblend.score import Stack
 from toy import metrics
 from toy.finetune import MixtureTunable, TunedScore, reward_of
@@ -95,7 +95,7 @@ def tuned(
 ) -> Cell:
     """Tune a model in place and return what it cost, and what it cost to get there."""
     module, trainer_name, settings_name = TRAINERS[recipe.trainer]
-    loaded = importlib.import_module(f"sdeblend.finetune.{module}")
+    loaded = importlib.import_module(f"sdeblend.finetune.trainers.{module}")
     kind = getattr(loaded, settings_name)
     presets = getattr(kind, "presets", {}).get(recipe.settings.get("mode", ""), {})
     common = {"kl_weight": kl_weight, "group_size": 256, "ema_decay": 0.98, "learning_rate": recipe.phases[0][1],

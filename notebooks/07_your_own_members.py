@@ -23,10 +23,10 @@ import torch
 from IPython.display import Image, display
 
 from sdeblend import Preference
-from sdeblend.finetune.backprop import BackpropSettings, RewardBackprop
 from sdeblend.finetune.config import load_plan
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.run import METRICS, train
+from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
+from sdeblend.reward import WeightedReward
 from stablediffusion import load_members
 from stablediffusion.finetune import PipelineTunable
 from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure

@@ -13,8 +13,8 @@ from torch import Tensor
 from proofs_checks.check import Measurement, Outcome, Settings
 from proofs_checks.draw import draw_line
 from sdeblend import BackwardSDE, VPLinear, solve, time_grid
-from sdeblend.finetune.regression import RegressionSettings, RewardRegression
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegression
+from sdeblend.reward import WeightedReward
 from sdeblend.steps import ExponentialMultistep
 from toy import GaussianMixture, Problem
 from toy.finetune import ExactEps, MixtureTunable, TunedScore, reward_of

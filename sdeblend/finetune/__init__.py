@@ -2,8 +2,8 @@
 
     model      what a trainer needs of a model: a base and a trainable difference to it
     chain      the ancestral chain: Gaussian steps, log-probability, exact KL
-    reward     rewards, checked and weighted
-    trainer    what all trainers share
+    paths      the tuned process by second-order steps, with the base's beside it
+    trainer    what all trainers share; `trainers` has them, one a file
 
 The optimum of every trainer is p_base exp(r / kl_weight) / Z, the member that ``sdeblend.blend`` blends.
 """

@@ -34,8 +34,8 @@ import torch
 
 from sdeblend.config import REQUIRED, Spec, check_keys, load_toml
 from sdeblend.finetune.model import Tunable
-from sdeblend.finetune.reward import Reward
 from sdeblend.finetune.trainer import Settings, Trainer
+from sdeblend.reward import Reward
 
 GROUP = "sdeblend.tunables"
 
@@ -213,7 +213,7 @@ def trainer_of(name: str) -> tuple[type[Trainer], type[Settings]]:
     if name not in TRAINERS:
         raise ValueError(f"there is no trainer {name!r}; the trainers are {', '.join(TRAINERS)}")
     module, trainer, settings = TRAINERS[name]
-    loaded = importlib.import_module(f"sdeblend.finetune.{module}")
+    loaded = importlib.import_module(f"sdeblend.finetune.trainers.{module}")
     return getattr(loaded, trainer), getattr(loaded, settings)
 
 

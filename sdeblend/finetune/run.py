@@ -32,10 +32,10 @@ import torch
 
 from sdeblend.finetune import checkpoint
 from sdeblend.finetune.config import Plan, build, trainer_of
-from sdeblend.finetune.distributed import Distributed, in_precision
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Metrics, Trainer, Workers
+from sdeblend.finetune.workers import Distributed, in_precision
 from sdeblend.io import write_atomically
+from sdeblend.reward import WeightedReward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sdeblend.finetune.chain import Chain, draw_noise
 from sdeblend.finetune.model import Condition, Tunable, flat_parameters, take
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.grid import Spacing, time_grid
+from sdeblend.reward import WeightedReward
 
 Metrics = dict[str, float]
 
@@ -134,7 +134,7 @@ class LossScale:
 
 
 class Workers:
-    """The processes that share a batch: here one. ``sdeblend.finetune.distributed`` has several.
+    """The processes that share a batch: here one. ``sdeblend.finetune.workers`` has several.
 
     Attributes:
         index: this process.

@@ -28,7 +28,7 @@ import torch
 
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
-from sdeblend.finetune.reward import Reward
+from sdeblend.reward import Reward
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards

@@ -16,10 +16,10 @@ from torch import Tensor
 from sdeblend import VPLinear
 from sdeblend.config import check_keys
 from sdeblend.finetune.chain import Chain
-from sdeblend.finetune.policy import KL, StepWeights
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.state import safetensors_bytes
+from sdeblend.finetune.trainers.policy import KL, StepWeights
 from sdeblend.io import write_atomically
+from sdeblend.reward import WeightedReward
 
 
 class Prompts:

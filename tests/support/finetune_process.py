@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from sdeblend.finetune.config import trainer_of
-from sdeblend.finetune.distributed import Distributed
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.run import train
 from sdeblend.finetune.trainer import Workers
+from sdeblend.finetune.workers import Distributed
+from sdeblend.reward import WeightedReward
 from tests.support.finetune_models import Line, quadratic
 
 PROMPTS = {"a red circle": 0.0, "a blue square": 2.0}

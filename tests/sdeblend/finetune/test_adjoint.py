@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear
-from sdeblend.finetune.adjoint import AdjointMatching, AdjointSettings
-from sdeblend.finetune.backprop import BackpropSettings, RewardBackprop
-from sdeblend.finetune.process import draw_states, follow
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import draw_states, follow
+from sdeblend.finetune.trainers.adjoint import AdjointMatching, AdjointSettings
+from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
+from sdeblend.reward import WeightedReward
 from tests.support.finetune_models import Line, quadratic
 from tests.support.strategies import close, generator, refuses
 from toy.finetune import MixtureTunable, reward_of

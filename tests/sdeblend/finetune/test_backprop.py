@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear, time_grid
-from sdeblend.finetune.backprop import BackpropSettings, RewardBackprop
-from sdeblend.finetune.process import Followed, charges, follow, log_snr_weights, plan
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import Followed, charges, follow, log_snr_weights, plan
+from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
+from sdeblend.reward import WeightedReward
 from tests.support.strategies import close, generator, refuses
 from toy import Problem
 from toy.finetune import ExactEps, MixtureTunable, reward_of

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdeblend.finetune.distributed import Distributed, in_precision
 from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, check_folder, number_of, train
 from sdeblend.finetune.trainer import LossScale, Workers
+from sdeblend.finetune.workers import Distributed, in_precision
 from tests.support.finetune_models import Line
 from tests.support.finetune_process import make
 from tests.support.strategies import refuses

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdeblend.finetune.config import TRAINERS, trainer_of
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.reward import WeightedReward
 from stablediffusion.finetune.tunable import PipelineTunable
 from stablediffusion.rewards import find_reward
 from stablediffusion.testing import tiny_pipeline

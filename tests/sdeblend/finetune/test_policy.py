@@ -10,12 +10,12 @@ import torch
 
 from sdeblend import VPLinear
 from sdeblend.finetune.chain import Chain, draw_noise
-from sdeblend.finetune.ddpo import DDPO, DDPOSettings
-from sdeblend.finetune.dpok import DPOK, DPOKSettings
-from sdeblend.finetune.policy import StepWeights, clipped, follow
-from sdeblend.finetune.reward import WeightedReward
-from sdeblend.finetune.value import Value, hashed
+from sdeblend.finetune.trainers.ddpo import DDPO, DDPOSettings
+from sdeblend.finetune.trainers.dpok import DPOK, DPOKSettings
+from sdeblend.finetune.trainers.policy import StepWeights, clipped, follow
+from sdeblend.finetune.trainers.value import Value, hashed
 from sdeblend.grid import time_grid
+from sdeblend.reward import WeightedReward
 from sdeblend.schedule import TrainedTable
 from tests.support.finetune_models import Line, best, gradient_of, quadratic
 from tests.support.strategies import close, generator, refuses

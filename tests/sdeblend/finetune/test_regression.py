@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear
-from sdeblend.finetune.process import follow
-from sdeblend.finetune.regression import RegressionSettings, RewardRegression, excess_weights, step_size
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import follow
+from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegression, excess_weights, step_size
+from sdeblend.reward import WeightedReward
 from tests.support.strategies import close, generator, refuses
 from toy import GaussianMixture, QuadraticReward
 from toy.finetune import MixtureTunable, reward_of

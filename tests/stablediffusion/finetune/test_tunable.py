@@ -12,7 +12,7 @@ import torch
 from sdeblend import time_grid
 from sdeblend.finetune.chain import Chain, draw_noise, roll_out
 from sdeblend.finetune.config import TRAINERS, trainer_of
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.reward import WeightedReward
 from stablediffusion import load_lora, load_members, pipeline_score, read_lora, save_lora, scheduler_grid
 from stablediffusion.finetune import build
 from stablediffusion.finetune.tunable import ADAPTER, PipelineTunable

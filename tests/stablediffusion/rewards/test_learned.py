@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdeblend.finetune.config import trainer_of
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.reward import WeightedReward
 from stablediffusion.finetune import build
 from stablediffusion.rewards.learned import SCORERS, blip
 from stablediffusion.rewards.learned.pixels import CLIP_STD, Pixels, pixels_of

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Condition
-from sdeblend.finetune.policy import Paths
 from sdeblend.finetune.trainer import Workers
+from sdeblend.finetune.trainers.policy import Paths
 
 STORED = ("states", "predictions", "base", "noise")
 

@@ -5,7 +5,7 @@ With the noise fixed, x_0 and what the control costs in KL are differentiable in
     maximise   E[ r(x_0) / kl_weight - sum_k v_k |S_k - S_base,k|^2 / 2 ]
 
 by its exact gradient. Both terms are those of the continuous processes to second order in the step, for which see
-``sdeblend.finetune.process``, and with all n steps differentiated the optimum is the tilt to within a per cent or two
+``sdeblend.finetune.paths``, and with all n steps differentiated the optimum is the tilt to within a per cent or two
 of strength at 50 steps. With the last K only (DRaFT-K), states before them are constants, the KL of earlier steps sees
 its own step alone, and nothing tells them of the reward: the cheaper gradient is biased, and the KL weight it ends at
 is not the one stated.
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.process import follow, plan
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import follow, plan
 from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
+from sdeblend.reward import WeightedReward
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sdeblend.finetune.replay import Steps
 from sdeblend.finetune.state import load_optimizer, optimizer_state
 from sdeblend.finetune.trainer import Workers
+from sdeblend.finetune.trainers.replay import Steps
 
 WORDS, TIMES, WIDTH = 32, 8, 128
 

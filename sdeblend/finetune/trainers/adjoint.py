@@ -1,6 +1,6 @@
 """Adjoint matching: regress the control on the gradient of the reward, carried back by the base's own steps.
 
-The tuned process of ``sdeblend.finetune.process`` is to minimise E[-r(x_n) / kl_weight + sum_k v_k |dS_k|^2 / 2], dS_k
+The tuned process of ``sdeblend.finetune.paths`` is to minimise E[-r(x_n) / kl_weight + sum_k v_k |dS_k|^2 / 2], dS_k
 the control as a difference of scores at x_k and v_k its charge. Let f_k be the gradient of all this in x_k at fixed
 noise, and P_k = B_k f_{k+1} + C_{k+1} q_k f_{k+2} that in the score of step k, which acts on the step and, through the
 posterior mean, on the next. Where dS_k is optimal, v_k dS_k(x) = -E[P_k | x_k = x], and
@@ -30,11 +30,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sdeblend.finetune.backprop import check_differentiable
 from sdeblend.finetune.model import Condition, Tunable, converted, per_row, take
-from sdeblend.finetune.process import charges, draw_states, plan
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import charges, draw_states, plan
 from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
+from sdeblend.finetune.trainers.backprop import check_differentiable
+from sdeblend.reward import WeightedReward
 
 
 @dataclass(frozen=True)

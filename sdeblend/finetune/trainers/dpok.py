@@ -5,7 +5,7 @@
     -min(rho A, clip(rho, 1 +- clip) A) + kl_weight KL_k,        A = r - kl_weight sum_{j > k} cost_j - V(x_k, t_k),
 
 rho the likelihood ratio to the policy that drew the step (a sum over dimensions), costs as in
-``sdeblend.finetune.policy``. Where the policy comes to rest the buffer is its own, and the optimum is the tilt.
+``trainers.policy``. Where the policy comes to rest the buffer is its own, and the optimum is the tilt.
 
 "published" is the authors' code: log-probabilities are means over dimensions, rho is held in 1 +- clip with no
 gradient outside and without PPO's minimum, and the KL is replaced by the mean square difference of eps:
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.policy import KL, Loss, StepWeights, clipped, follow
-from sdeblend.finetune.replay import Replay
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
-from sdeblend.finetune.value import Value
+from sdeblend.finetune.trainers.policy import KL, Loss, StepWeights, clipped, follow
+from sdeblend.finetune.trainers.replay import Replay
+from sdeblend.finetune.trainers.value import Value
+from sdeblend.reward import WeightedReward
 from sdeblend.score import conversion
 
 Mode = Literal["exact", "published"]
@@ -44,7 +44,7 @@ class DPOKSettings(Settings):
 
     Attributes:
         mode: "exact", where ``kl_weight`` is the theory's alpha, or "published", where it is a weight on eps.
-        kl: which KL "exact" weighs, "process" or "chain"; see ``sdeblend.finetune.policy``.
+        kl: which KL "exact" weighs, "process" or "chain"; see ``trainers.policy``.
         clip: how far the likelihood ratio may leave 1.
         reward_weight: factor of the reward; 1 in "exact", whose ``kl_weight`` says it all.
         buffer: steps kept, first in, first out, over all processes.

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from sdeblend.finetune.chain import Chain
 from sdeblend.finetune.model import Condition, Tunable, per_row, take
-from sdeblend.finetune.process import log_snr_weights
+from sdeblend.finetune.paths import log_snr_weights
 from sdeblend.finetune.trainer import Trainer
 from sdeblend.score import conversion
 

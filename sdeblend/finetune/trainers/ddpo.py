@@ -4,9 +4,9 @@ For step k of a path the loss is
 
     -min(rho A_k, clip(rho, 1 +- clip) A_k) + kl_weight KL_k,        rho = p(x_{k+1} | x_k) / p_old(x_{k+1} | x_k),
 
-A_k the return of ``sdeblend.finetune.policy`` minus its mean over the other samples of the prompt. It is not divided
-by its standard deviation, as is usual: that would multiply r and leave KL_k, so each prompt would have a kl_weight of
-its own. AdamW does not care about the scale of a loss.
+A_k the return of ``trainers.policy`` minus its mean over the other samples of the prompt. It is not divided by its
+standard deviation, as is usual: that would multiply r and leave KL_k, so each prompt would have a kl_weight of its own.
+AdamW does not care about the scale of a loss.
 
 Source: Black et al. 2305.13301; Schulman et al. 1707.06347; Kool et al. 2019 (leave-one-out means).
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.policy import KL, Loss, Paths, StepWeights, clipped, follow
-from sdeblend.finetune.reward import WeightedReward
 from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
+from sdeblend.finetune.trainers.policy import KL, Loss, Paths, StepWeights, clipped, follow
+from sdeblend.reward import WeightedReward
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DDPOSettings(Settings):
     Attributes:
         clip: how far the likelihood ratio of a step may leave 1 before it is held there.
         updates: optimiser steps an iteration, each on its share of the steps of all paths.
-        kl: which KL ``kl_weight`` weighs, "process" or "chain"; see ``sdeblend.finetune.policy``.
+        kl: which KL ``kl_weight`` weighs, "process" or "chain"; see ``trainers.policy``.
 
     Raises:
         ValueError: for a value outside its range.

@@ -41,9 +41,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Condition, Tunable, converted, noised, take
-from sdeblend.finetune.process import follow, plan
-from sdeblend.finetune.reward import WeightedReward
+from sdeblend.finetune.paths import follow, plan
 from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
+from sdeblend.reward import WeightedReward
 
 
 @dataclass(frozen=True)

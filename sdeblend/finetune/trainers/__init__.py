@@ -1,0 +1,1 @@
+"""The trainers, one a file, and what several of them share."""
