@@ -1,33 +1,136 @@
-"""Rewards as trainers see them: checked, weighted, batched.
+"""Rewards: one type for mixtures and images, for trainers and for methods of sampling, found by name in one way.
 
-A reward takes what ``Tunable.decode`` returns and the condition, and gives one number a sample. Several are combined
-as r = sum_i w_i r_i, which is what a model tuned for one preference is tuned for.
+A reward takes clean samples (points, images) and what they are conditioned on, one row a sample, and gives one number
+a sample. A method that samples calls it with states alone, ``reward(x)``: decoder and condition are then part of it
+(``Reward.condition``). Several are combined as r = sum_i w_i r_i, which is what a model tuned for one preference is
+tuned for.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Reward = Callable[[Tensor, Any], Tensor]
+
+class Condition(Protocol):
+    """What a batch is conditioned on, one row a sample.
+
+    Attributes:
+        prompts: the rows as text.
+    """
+
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+
+    def rows(self, index: Tensor, /) -> Condition:
+        """Return the condition of the rows ``index``, long (N,), repeated rows allowed."""
+
+
+# A condition is whatever the model draws; what a reward reads of it is between the two.
+RewardFunction = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward with what is known of it.
+
+    Attributes:
+        name: as settings name it.
+        function: (samples (B, ...), condition) -> (B,).
+        differentiable: whether gradients reach the samples.
+        unit: of its values.
+        condition: of the rows that it is bound to; None if it is given with the samples, or not read.
+    """
+
+    name: str
+    function: RewardFunction
+    differentiable: bool = True
+    unit: str = ""
+    condition: Condition | None = None
+
+    def __call__(self, samples: Tensor, condition: Condition | None = None, /) -> Tensor:
+        """Return the rewards, (B,), by default under the condition that it is bound to."""
+        return self.function(samples, self.condition if condition is None else condition)
+
+    def rows(self, index: Tensor) -> Reward:
+        """Return the reward for the batch rows ``index``, long (N,), only: itself unless it is bound to a batch."""
+        return self if self.condition is None else replace(self, condition=self.condition.rows(index))
+
+
+# Name -> reward, or what makes it of options of its own when it is asked for.
+Rewards = Mapping[str, Reward | Callable[..., Reward]]
+
+
+def find_reward(name: str, known: Rewards, **options: Any) -> Reward:
+    """Return a reward by its name, or one's own by ``"package.module:function"``.
+
+    A function of one's own takes (samples, condition) and is taken to be differentiable unless it has an attribute
+    ``differentiable`` that is False.
+
+    Args:
+        name: of a reward.
+        known: the rewards of a backend.
+        options: of one that is made when asked for; others take none.
+
+    Raises:
+        ValueError: for a name that is neither, naming what exists, or options for a reward that takes none.
+    """
+    module, colon, attribute = name.partition(":")
+    if name not in known and not colon:
+        raise ValueError(
+            f"a reward must be one of {', '.join(known)} or 'package.module:function', got {name!r}; correct it"
+        )
+    found = known.get(name)
+    if found is not None and not isinstance(found, Reward):
+        return found(**options)
+    if options:
+        given = ", ".join(f"{key} {value!r}" for key, value in options.items())
+        raise ValueError(f"reward {name!r} takes no options, got {given}; leave them out")
+    if found is not None:
+        return found
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"a reward of your own must be an importable 'package.module:function', got {name!r} ({error}); check that "
+            "Python finds the module"
+        ) from error
+    return as_reward(name, function)
+
+
+def as_reward(name: str, function: RewardFunction) -> Reward:
+    """Return a function of (samples, condition) as a reward; a reward stays as it is.
+
+    Raises:
+        ValueError: if it is no function.
+    """
+    if isinstance(function, Reward):
+        return function
+    if not callable(function):
+        raise ValueError(
+            f"a reward must be a function of (samples, condition), got {type(function).__name__}: {name!r}"
+        )
+    return Reward(name, function, bool(getattr(function, "differentiable", True)), "its own")
 
 
 class WeightedReward:
     """r(x) = sum_i w_i r_i(x), each part checked.
 
     Args:
-        rewards: name -> reward, (samples, condition) -> (B,).
+        rewards: name -> reward, or function of (samples, condition).
         weights: name -> w_i; 1 for all if left out.
 
     Raises:
         ValueError: no rewards, or weights that name others.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
-        self.rewards = dict(rewards)
+    def __init__(self, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float] | None = None) -> None:
+        self.rewards = {name: as_reward(name, reward) for name, reward in rewards.items()}
         self.weights = dict.fromkeys(self.rewards, 1.0) if weights is None else dict(weights)
         if not self.rewards or set(self.weights) != set(self.rewards):
             raise ValueError(
@@ -35,22 +138,23 @@ class WeightedReward:
                 f"{', '.join(self.weights) or 'none'}; name the same"
             )
 
-    def parts(self, samples: Tensor, condition: Any) -> dict[str, Tensor]:
-        """Return each reward by name, (B,) float32 or float64.
+    def __call__(self, samples: Tensor, condition: Condition | None = None, /) -> Tensor:
+        """Return the weighted sum, (B,).
 
         Raises:
             ValueError: a reward of another shape, or one that is not finite.
         """
-        return {name: checked(name, reward(samples, condition), samples) for name, reward in self.rewards.items()}
-
-    def __call__(self, samples: Tensor, condition: Any) -> Tensor:
-        """Return the weighted sum, (B,)."""
-        parts = self.parts(samples, condition)
-        return torch.stack([self.weights[name] * value for name, value in parts.items()]).sum(0)
+        parts = [self.weights[name] * one_each(name, r(samples, condition), samples) for name, r in
+                 self.rewards.items()]  # fmt: skip
+        return torch.stack(parts).sum(0)
 
 
-def checked(name: str, value: Any, samples: Tensor) -> Tensor:
-    """Return the value of a reward on its samples' device, or raise a ValueError if it is not one number a sample."""
+def one_each(name: str, value: Tensor, samples: Tensor) -> Tensor:
+    """Return the value of a reward, (B,) float32 or float64, on its samples' device.
+
+    Raises:
+        ValueError: if it is not one finite number a sample.
+    """
     if not isinstance(value, Tensor) or value.shape != (len(samples),):
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"reward {name!r} must give a tensor of shape ({len(samples)},), got {got}; one a sample")

@@ -35,7 +35,7 @@ import torch
 from sdeblend.config import REQUIRED, Spec, check_keys, load_toml
 from sdeblend.finetune.model import Tunable
 from sdeblend.finetune.trainer import Settings, Trainer
-from sdeblend.reward import Reward
+from sdeblend.reward import RewardFunction
 
 GROUP = "sdeblend.tunables"
 
@@ -67,7 +67,7 @@ class Builder(Protocol):
 
     def __call__(
         self, table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
-    ) -> tuple[Tunable, dict[str, Reward]]:
+    ) -> tuple[Tunable, dict[str, RewardFunction]]:
         """Build a model and its rewards.
 
         Args:
@@ -217,7 +217,7 @@ def trainer_of(name: str) -> tuple[type[Trainer], type[Settings]]:
     return getattr(loaded, trainer), getattr(loaded, settings)
 
 
-def build(plan: Plan, device: torch.device) -> tuple[Tunable, dict[str, Reward]]:
+def build(plan: Plan, device: torch.device) -> tuple[Tunable, dict[str, RewardFunction]]:
     """Build the model and the rewards of a plan with the backend that it names.
 
     Raises:

@@ -17,21 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sdeblend.reward import Condition
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import Parametrisation, conversion
-
-
-class Condition(Protocol):
-    """What a batch is conditioned on, one row a sample.
-
-    Attributes:
-        prompts: the rows as text, for rewards.
-    """
-
-    prompts: tuple[str, ...]
-
-    def rows(self, index: Tensor) -> Condition:
-        """Return the condition of the rows ``index``, long (N,), repeated rows allowed."""
 
 
 class Tunable(Protocol):

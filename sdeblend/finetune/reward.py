@@ -1,4 +1,6 @@
 """Moved to ``sdeblend.reward``."""
 
-from sdeblend.reward import Reward as Reward
-from sdeblend.reward import WeightedReward as WeightedReward
+from sdeblend.reward import RewardFunction as Reward
+from sdeblend.reward import WeightedReward
+
+__all__ = ["Reward", "WeightedReward"]

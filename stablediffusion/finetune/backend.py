@@ -28,7 +28,7 @@ import torch
 
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
-from sdeblend.reward import Reward
+from sdeblend.reward import RewardFunction
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
@@ -62,14 +62,14 @@ _BUNDLED: Spec = {"prompts": (_PROMPTS, None)} | dict(_OPTIONAL)
 
 def build(
     table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
-) -> tuple[Tunable, dict[str, Reward]]:
+) -> tuple[Tunable, dict[str, RewardFunction]]:
     """Build the pipeline with its adapter, and the rewards; see ``sdeblend.finetune.config.Builder``.
 
     Raises:
         ValueError: a key that does not exist, a pipeline that cannot be read or tuned, an unknown reward.
     """
     settings = check_keys(table, _GIVEN if "path" in table else _BUNDLED, file=file, section="[model]")
-    found: dict[str, Reward] = {**image_rewards(rewards, settings.pop("rewards"), file=file, device=device)}
+    found: dict[str, RewardFunction] = {**image_rewards(rewards, settings.pop("rewards"), file=file, device=device)}
     path, dtype = settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype"))
     pipe = load_pipeline(path, dtype, what=f"{file}: [model] path").to(device)
     settings["save_dtype"] = getattr(torch, settings["save_dtype"])
