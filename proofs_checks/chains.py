@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.steps import Move
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 REACH = 6.0
 

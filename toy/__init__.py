@@ -8,10 +8,10 @@ from toy import metrics, problems
 from toy.bounds import JensenBounds, jensen_bounds, thermodynamic_gap
 from toy.control import blend_gap, control, jensen_control, jensen_gap, log_mean_exp_reward
 from toy.fokker_planck import Density, backward_density
-from toy.mixture import GaussianMixture
-from toy.posterior import Posterior
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.posterior import Posterior
+from toy.mixtures.rewards import QuadraticReward, combine
 from toy.problems import PROBLEMS, Problem, random_problem
-from toy.rewards import QuadraticReward, combine
 from toy.stack import MixtureStack, mixture_score
 
 __all__ = [

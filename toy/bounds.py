@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
-from toy.mixture import GaussianMixture
-from toy.posterior import Posterior
-from toy.rewards import QuadraticReward
-from toy.tilting import check_kl_weight
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.posterior import Posterior
+from toy.mixtures.rewards import QuadraticReward
+from toy.mixtures.tilting import check_kl_weight
 
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 _QUADRATURE = 1e-6

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
-from toy.mixture import GaussianMixture
-from toy.rewards import QuadraticReward, combine, weighted_pairs
-from toy.tilting import check_kl_weight
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward, combine, weighted_pairs
+from toy.mixtures.tilting import check_kl_weight
 
 
 def log_mean_exp_reward(

@@ -42,9 +42,9 @@ from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import ScoreFunction
 from sdeblend.steps import STEPS
 from toy import metrics
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward
 from toy.problems import PROBLEMS, Problem, grid9, high_dimension, random_problem, ring8_das
-from toy.rewards import QuadraticReward
 from toy.stack import MixtureStack, mixture_score
 
 BINS: Final = 40

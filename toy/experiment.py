@@ -30,7 +30,7 @@ from torch import Tensor
 from sdeblend import BackwardSDE, Blend, Correction, OneMemberPerStep, ScoreFunction, State, trajectory
 from sdeblend.certificate import WARN_ESS, WARN_NATS, Certificate
 from toy import metrics
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.problems import Problem
 from toy.settings import METHODS, Prepared, Settings, prepare
 from toy.stack import mixture_score

@@ -34,10 +34,10 @@ from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.io import write_atomically
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import Parametrisation
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward
 from toy.network import Network, add_low_rank, for_mixture, load_network, low_rank_layers, pretrain, save_network
 from toy.problems import PROBLEMS
-from toy.rewards import QuadraticReward
 
 _NAMES: Any = Literal[tuple(PROBLEMS)]
 _SCHEDULES: Any = Literal[tuple(SCHEDULES)]

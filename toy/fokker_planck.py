@@ -34,7 +34,7 @@ from torch import Tensor
 from sdeblend.grid import check_grid, time_grid
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.sde import BackwardSDE
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 LEAK = 1e-8
 ROUNDING = 1e-14

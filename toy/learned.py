@@ -24,7 +24,7 @@ from sdeblend.evaluate.backend import Wanted
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, Stack
 from toy.evaluate import MixtureCase, Posed
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.network import Network, add_low_rank, for_mixture, low_rank_layers, pretrain
 
 BATCH: Final = 512

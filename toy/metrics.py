@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 PROJECTIONS = 64
 _ROWS = 1024

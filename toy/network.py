@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sdeblend.finetune.model import noised, per_row
 from sdeblend.io import write_atomically
 from sdeblend.schedule import NoiseSchedule
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 FREQUENCIES = 8
 # Log-SNR at which the pre-training loss looks: beyond it a mixture of unit scale is all noise or all signal.

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 OKABE_ITO: Final = {
     "black": "#000000",

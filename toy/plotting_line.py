@@ -20,7 +20,7 @@ from toy.bounds import jensen_bounds
 from toy.control import control, jensen_control, jensen_gap
 from toy.experiment import Outcome
 from toy.metrics import Estimate
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.plotting import OKABE_ITO, Cloud, Style, density_1d, histogram_1d, panels, style_of, window_of
 from toy.plotting_curves import curve, family_style, label, legend_below
 from toy.problems import Problem

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from toy.experiment import Outcome
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.plotting import Cloud, Style, contours_2d, panels, points_2d, style_of, window_of
 from toy.plotting_curves import label, legend_below
 

@@ -23,9 +23,9 @@ from sdeblend.config import REQUIRED, Kind, check_keys, load_toml
 from sdeblend.grid import Spacing
 from sdeblend.schedule import SCHEDULES
 from sdeblend.steps import STEPS
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward
 from toy.problems import Problem
-from toy.rewards import QuadraticReward
 from toy.settings import METHODS, Settings, prepare
 
 

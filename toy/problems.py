@@ -20,10 +20,10 @@ from torch import Tensor
 
 from sdeblend.blend import Preference, check_coefficients
 from sdeblend.schedule import NoiseSchedule
-from toy.mixture import GaussianMixture
-from toy.rewards import QuadraticReward, combine
+from toy.mixtures.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward, combine
+from toy.mixtures.tilting import check_kl_weight, check_reward
 from toy.stack import MixtureStack
-from toy.tilting import check_kl_weight, check_reward
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdeblend.finetune.model import noised
 from toy.finetune import ExactEps, MixtureTunable
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 LOG_SNR = (-6.0, 6.0)
 

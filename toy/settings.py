@@ -20,7 +20,7 @@ from sdeblend import SCHEDULES, STEPS, NoiseSchedule, Preference, Step, time_gri
 from sdeblend.correct import CorrectionMode
 from sdeblend.grid import Spacing
 from sdeblend.select import Selection
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.problems import Problem
 
 MAX_STEPS: Final = 10_000

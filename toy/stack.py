@@ -21,7 +21,7 @@ from torch import Tensor
 from sdeblend.schedule import NoiseSchedule, Time
 from sdeblend.score import Bound, ScoreStack, check_names
 from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 FEATURE_DIM = 12
 PREPARED_BYTES = 1 << 26

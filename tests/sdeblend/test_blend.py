@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sdeblend import SCHEDULES, Blend, Concatenated, CountingStack, Preference, Stack, VPLinear, convert
 from sdeblend.blend import combine
 from tests.support.core import relative, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import MixtureStack
 
 T = torch.tensor(0.4, dtype=torch.float64)

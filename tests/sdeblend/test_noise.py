@@ -21,7 +21,7 @@ from sdeblend import (
 )
 from sdeblend.noise import noise_source
 from tests.support.core import mean_z, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import mixture_score
 
 SCHEDULE = VPLinear()

@@ -23,7 +23,7 @@ from sdeblend import (
     solve,
 )
 from tests.support.core import seeded, slope
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import mixture_score
 
 TOLERANCE = 0.15

@@ -17,7 +17,7 @@ from sdeblend import (
     solve,
 )
 from tests.support.core import relative, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import mixture_score
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ import torch
 from sdeblend import SCHEDULES, BackwardSDE, Bound, Concatenated, CountingStack, ScoreStack, Stack, VPLinear, convert
 from sdeblend.score import conversion, member_scores
 from tests.support.core import relative, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 
 NAMES = ["score", "eps", "x0", "v", "flow"]
 PAIRS = list(product(NAMES, NAMES))

@@ -22,7 +22,7 @@ from sdeblend import (
 from sdeblend.grid import time_grid
 from sdeblend.select import select_members, systematic_sequence
 from tests.support.core import Z, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import MixtureStack
 
 SCHEDULE = VPLinear()

@@ -27,7 +27,7 @@ from sdeblend import (
     trajectory,
 )
 from tests.support.core import Z, moment_z, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.stack import MixtureStack, mixture_score
 
 SCHEDULE = VPLinear()

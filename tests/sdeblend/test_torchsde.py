@@ -19,7 +19,7 @@ from sdeblend import (
 )
 from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from tests.support.core import Z, moment_z, seeded
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.problems import gaussian_linear
 from toy.stack import mixture_score
 

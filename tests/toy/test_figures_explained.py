@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sdeblend import VPLinear
 from toy import control, problems
 from toy.experiment import Outcome, run
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.plotting import Cloud, figure_bytes, panels, style_of
 from toy.plotting_curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
 from toy.plotting_line import (

@@ -12,7 +12,7 @@ from sdeblend import VPLinear
 from sdeblend.config import load_toml
 from tests.support.strategies import close, generator, mixtures, refuses
 from toy.finetune import ExactEps, MixtureTunable, TunedScore, build
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.network import for_mixture, load_network, pretrain, save_network
 from toy.problems import line2, ring8
 from toy.recovery import recovered

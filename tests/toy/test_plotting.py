@@ -12,7 +12,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 
-from toy.mixture import GaussianMixture
+from toy.mixtures.mixture import GaussianMixture
 from toy.plotting import (
     FORMATS,
     OKABE_ITO,

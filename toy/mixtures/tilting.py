@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toy.rewards import QuadraticReward
+from toy.mixtures.rewards import QuadraticReward
 
 
 @dataclass(frozen=True)

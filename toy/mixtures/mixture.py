@@ -3,7 +3,7 @@
     p_0 = sum_k pi_k N(mu_k, C_k),       p_t = sum_k pi_k N(a mu_k, a^2 C_k + s^2 I)     (a = alpha(t), s = sigma(t)),
 
 and for r(x) = c + b.x - x'Qx/2 the tilt p_0 exp(r / alpha) / Z is a mixture with the same number of components
-(``toy.tilting``), log Z = logsumexp_k(log pi_k + log constant_k). Under one component N(mu, C), with
+(``toy.mixtures.tilting``), log Z = logsumexp_k(log pi_k + log constant_k). Under one component N(mu, C), with
 g = b - Q mu, a reward has mean r(mu) - tr(QC)/2 and Cov(r1, r2) = g1'C g2 + tr(Q1 C Q2 C)/2.
 
 Everything is float64 and exact to rounding; eigenbases C_k = U_k diag(lam_k) U_k' are computed once, because
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
-from toy.posterior import Posterior, posterior
-from toy.rewards import Numbers, QuadraticReward
-from toy.tilting import Tilted, check_kl_weight, check_reward, tilt_components
+from toy.mixtures.posterior import Posterior
+from toy.mixtures.rewards import Numbers, QuadraticReward
+from toy.mixtures.tilting import Tilted, check_kl_weight, check_reward, tilt_components
 
 WEIGHT_TOLERANCE = 1e-6
 
@@ -246,8 +246,29 @@ class GaussianMixture:
         )
 
     def posterior(self, x: Tensor, schedule: NoiseSchedule, t: Time) -> Posterior:
-        """Return the law of x_0 given x_t = x, one mixture a row; see ``toy.posterior``."""
-        return posterior(self, x, schedule, t)
+        """Return the law of x_0 given x_t = x, one mixture a row.
+
+        Args:
+            x: (B, d).
+            schedule: the forward process.
+            t: time, 0-dim, above 0 (at 0 the posterior is a point).
+
+        Raises:
+            ValueError: t outside the schedule or 0, x of another shape.
+        """
+        time = schedule.check_time(t)
+        if float(time) == 0:
+            raise ValueError("a posterior needs a time above 0, got 0, where x_0 is x itself; use t_min or later")
+        if x.ndim != 2:
+            raise ValueError(f"a posterior needs points (B, {self.dim}), got shape {tuple(x.shape)}")
+        a, s = float(schedule.alpha(time)), float(schedule.sigma(time))
+        noised = self.noised(schedule, time)
+        log_weights = noised.log_component_densities(x).log_softmax(-1)
+        whitened = noised._in_eigenbases(x.to(torch.float64))
+        steps = whitened * (a * self.eigenvalues / noised.eigenvalues)
+        means = self.means + torch.einsum("kij,bkj->bki", self.eigenvectors, steps)
+        scales = (self.eigenvalues / noised.eigenvalues).sqrt() * s
+        return Posterior(log_weights, means, self.eigenvectors * scales.unsqueeze(-2), a / (s * s))
 
     def marginal(self, axes: Sequence[int]) -> GaussianMixture:
         """Return the law of the coordinates ``axes``, in that order, a mixture in len(axes) dimensions."""

@@ -16,17 +16,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sdeblend.schedule import NoiseSchedule, Time
-from toy.rewards import QuadraticReward
-from toy.tilting import Tilted, check_reward, tilt_components
-
-if TYPE_CHECKING:
-    from toy.mixture import GaussianMixture
+from toy.mixtures.rewards import QuadraticReward
+from toy.mixtures.tilting import Tilted, check_reward, tilt_components
 
 
 @dataclass(frozen=True)
@@ -162,30 +157,3 @@ class Posterior:
         one, two = self._gradients(first), self._gradients(second)
         product = (first.quadratic @ self.covariances) * (second.quadratic @ self.covariances).mT
         return torch.einsum("bki,kij,bkj->bk", one, self.covariances, two) + product.sum((-1, -2)) / 2
-
-
-def posterior(mixture: GaussianMixture, x: Tensor, schedule: NoiseSchedule, t: Time) -> Posterior:
-    """Return the law of x_0 given x_t = x.
-
-    Args:
-        mixture: p_0.
-        x: (B, d).
-        schedule: the forward process.
-        t: time, 0-dim, above 0 (at 0 the posterior is a point).
-
-    Raises:
-        ValueError: t outside the schedule or 0, x of another shape.
-    """
-    time = schedule.check_time(t)
-    if float(time) == 0:
-        raise ValueError("a posterior needs a time above 0, got 0, where x_0 is x itself; use t_min or later")
-    if x.ndim != 2:
-        raise ValueError(f"a posterior needs points (B, {mixture.dim}), got shape {tuple(x.shape)}")
-    a, s = float(schedule.alpha(time)), float(schedule.sigma(time))
-    noised = mixture.noised(schedule, time)
-    log_weights = noised.log_component_densities(x).log_softmax(-1)
-    whitened = noised._in_eigenbases(x.to(torch.float64))
-    steps = whitened * (a * mixture.eigenvalues / noised.eigenvalues)
-    means = mixture.means + torch.einsum("kij,bkj->bki", mixture.eigenvectors, steps)
-    scales = (mixture.eigenvalues / noised.eigenvalues).sqrt() * s
-    return Posterior(log_weights, means, mixture.eigenvectors * scales.unsqueeze(-2), a / (s * s))

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from toy.mixture import GaussianMixture
-
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]
+
+
+class Law(Protocol):
+    """What a reward can vary under."""
+
+    def reward_variance(self, reward: QuadraticReward, /) -> float:
+        """Return Var(reward(x))."""
 
 
 class QuadraticReward:
@@ -83,7 +87,7 @@ class QuadraticReward:
         x = self._check(x)
         return self.linear.to(x) - x @ self.quadratic.to(x)
 
-    def normalized(self, base: GaussianMixture) -> QuadraticReward:
+    def normalized(self, base: Law) -> QuadraticReward:
         """Return the reward divided by its standard deviation under ``base``.
 
         Raises:
