@@ -39,7 +39,7 @@ from toy.finetune import MixtureTunable, TunedScore, reward_of
 from toy.network import for_mixture, load_network, pretrain, save_network
 from toy.problems import PROBLEMS, Problem
 from toy.recovery import recovered
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 SAMPLES, STEPS = 8000, 100
 # Looks at a member while it is tuned, each at as many states; how near to 1 the slope is to count as there.

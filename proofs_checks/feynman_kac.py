@@ -40,7 +40,7 @@ from sdeblend import (
 )
 from toy import GaussianMixture
 from toy.problems import ring8
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -28,7 +28,7 @@ from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, Score
 from toy import GaussianMixture
 from toy.fokker_planck import Density, backward_density
 from toy.problems import Problem, line2
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -21,7 +21,7 @@ from proofs_checks.quadrature import (
 )
 from sdeblend import Blend, NoiseSchedule, Preference, VPLinear
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, jensen_gap
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -13,7 +13,7 @@ from proofs_checks.draw import uniform
 from proofs_checks.quadrature import Differences, draw_points, draw_problem, draw_time, schedules, worst
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, VPLinear, solve, time_grid
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, control, jensen_gap
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -36,7 +36,7 @@ from sdeblend import (
 )
 from sdeblend.select import PERIOD, Selection, systematic_sequence
 from toy.problems import ring8
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

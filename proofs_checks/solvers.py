@@ -36,7 +36,7 @@ from sdeblend import (
 from sdeblend.grid import Spacing
 from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from toy import GaussianMixture
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -12,7 +12,7 @@ from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.posterior import Posterior
 from toy.mixtures.rewards import QuadraticReward, combine
 from toy.problems import PROBLEMS, Problem, random_problem
-from toy.stack import MixtureStack, mixture_score
+from toy.scores.stack import MixtureStack, mixture_score
 
 __all__ = [
     "PROBLEMS",

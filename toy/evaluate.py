@@ -45,7 +45,7 @@ from toy import metrics
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.rewards import QuadraticReward
 from toy.problems import PROBLEMS, Problem, grid9, high_dimension, random_problem, ring8_das
-from toy.stack import MixtureStack, mixture_score
+from toy.scores.stack import MixtureStack, mixture_score
 
 BINS: Final = 40
 PROJECTIONS: Final = 64

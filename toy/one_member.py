@@ -25,7 +25,7 @@ from torch import Tensor
 from sdeblend import BackwardSDE, Blend, EulerMaruyama, NoiseSchedule, OneMemberPerStep, trajectory
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import MixtureStack, mixture_score
+from toy.scores.stack import MixtureStack, mixture_score
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sdeblend.schedule import NoiseSchedule
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.rewards import QuadraticReward, combine
 from toy.mixtures.tilting import check_kl_weight, check_reward
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 
 @dataclass(frozen=True)

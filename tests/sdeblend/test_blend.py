@@ -11,7 +11,7 @@ from sdeblend import SCHEDULES, Blend, Concatenated, CountingStack, Preference, 
 from sdeblend.blend import combine
 from tests.support.core import relative, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 T = torch.tensor(0.4, dtype=torch.float64)
 OTHERS = ["eps", "x0", "v", "flow"]

@@ -23,7 +23,7 @@ from sdeblend import (
 from tests.support.chains import KINDS, Chain, gaussian_kl, log_increments, log_mass, moments, quadratic_form
 from tests.support.core import Z, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 SCHEDULE = VPLinear()
 PLANE = [

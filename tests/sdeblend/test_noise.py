@@ -22,7 +22,7 @@ from sdeblend import (
 from sdeblend.noise import noise_source
 from tests.support.core import mean_z, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 SCHEDULE = VPLinear()
 MIXTURE = GaussianMixture([0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]], [0.2, 0.6])

@@ -24,7 +24,7 @@ from sdeblend import (
 )
 from tests.support.core import seeded, slope
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 TOLERANCE = 0.15
 SCHEDULE = VPLinear()

@@ -18,7 +18,7 @@ from sdeblend import (
 )
 from tests.support.core import relative, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -23,7 +23,7 @@ from sdeblend.grid import time_grid
 from sdeblend.select import select_members, systematic_sequence
 from tests.support.core import Z, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import MixtureStack
+from toy.scores.stack import MixtureStack
 
 SCHEDULE = VPLinear()
 GRID = time_grid(SCHEDULE, 40)

@@ -28,7 +28,7 @@ from sdeblend import (
 )
 from tests.support.core import Z, moment_z, seeded
 from toy.mixtures.mixture import GaussianMixture
-from toy.stack import MixtureStack, mixture_score
+from toy.scores.stack import MixtureStack, mixture_score
 
 SCHEDULE = VPLinear()
 GAUSSIAN = GaussianMixture([1.0], [[0.5, -0.3]], [[[1.0, 0.4], [0.4, 0.6]]])

@@ -21,7 +21,7 @@ from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from tests.support.core import Z, moment_z, seeded
 from toy.mixtures.mixture import GaussianMixture
 from toy.problems import gaussian_linear
-from toy.stack import mixture_score
+from toy.scores.stack import mixture_score
 
 pytest.importorskip("torchsde")
 

@@ -8,7 +8,7 @@ g = b - Q mu, a reward has mean r(mu) - tr(QC)/2 and Cov(r1, r2) = g1'C g2 + tr(
 
 Everything is float64 and exact to rounding; eigenbases C_k = U_k diag(lam_k) U_k' are computed once, because
 noise leaves U_k and only maps lam_k to a^2 lam_k + s^2. Weights are kept as logarithms. The fast scores for
-sampling are in ``toy.stack``; these are what they are tested against.
+sampling are in ``toy.scores.stack``; these are what they are tested against.
 
 Source: Diffusion Blend 2505.18547, Proposition 1 (tilt); Song et al. 2011.13456 (noised law).
 """

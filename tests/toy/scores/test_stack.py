@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sdeblend import SCHEDULES, BackwardSDE, Blend, CountingStack, ScoreStack, VPLinear, solve, time_grid
 from tests.support.strategies import SCHEDULE, close, generator, mixtures, points, refuses, seeds, times
 from toy import GaussianMixture, MixtureStack, QuadraticReward, mixture_score, problems
-from toy.kernels import Eigen, Features, Rows
+from toy.scores.kernels import Eigen, Features, Rows
 
 
 def plain(laws, x, t, schedule=SCHEDULE):

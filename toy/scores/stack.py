@@ -2,7 +2,7 @@
 
     S_i(x, t) = grad log p_{i,t}(x),       p_{i,t} = sum_k pi_ik N(a mu_ik, a^2 C_ik + s^2 I).
 
-Which kernel serves (``toy.kernels``) follows from the mixtures and the batch: features for isotropic components
+Which kernel serves (``toy.scores.kernels``) follows from the mixtures and the batch: features for isotropic components
 or at most ``FEATURE_DIM`` dimensions, one matrix product otherwise, eigenvectors for fewer points than dimensions.
 The state keeps its dtype; coefficients of each time are computed in float64. The plain closed form,
 ``GaussianMixture.noised(schedule, t).score(x)``, is what this is tested against, and what answers if x requires a
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
 from sdeblend.score import Bound, ScoreStack, check_names
-from toy.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 from toy.mixtures.mixture import GaussianMixture
+from toy.scores.kernels import Coefficients, Eigen, Features, Kernel, Parameters, Rows
 
 FEATURE_DIM = 12
 PREPARED_BYTES = 1 << 26
