@@ -35,8 +35,8 @@ from sdeblend.io import write_atomically
 from sdeblend.reward import WeightedReward
 from sdeblend.score import Stack
 from toy import metrics
-from toy.finetune import MixtureTunable, TunedScore, reward_of
-from toy.network import for_mixture, load_network, pretrain, save_network
+from toy.networks.network import for_mixture, load_network, pretrain, save_network
+from toy.networks.tunable import MixtureTunable, TunedScore, reward_of
 from toy.problems import PROBLEMS, Problem
 from toy.recovery import recovered
 from toy.scores.stack import mixture_score

@@ -17,9 +17,9 @@ from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegr
 from sdeblend.reward import WeightedReward
 from sdeblend.steps import ExponentialMultistep
 from toy import GaussianMixture, Problem
-from toy.finetune import ExactEps, MixtureTunable, TunedScore, reward_of
 from toy.metrics import mode_weight_tv
-from toy.network import Network, for_mixture, pretrain
+from toy.networks.network import Network, for_mixture, pretrain
+from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, reward_of
 from toy.recovery import recovered
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, Stack
 from toy.evaluate import MixtureCase, Posed
 from toy.mixtures.mixture import GaussianMixture
-from toy.network import Network, add_low_rank, for_mixture, low_rank_layers, pretrain
+from toy.networks.network import Network, add_low_rank, for_mixture, low_rank_layers, pretrain
 
 BATCH: Final = 512
 Factors = list[tuple[Tensor, Tensor]]

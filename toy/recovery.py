@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import noised
-from toy.finetune import ExactEps, MixtureTunable
 from toy.mixtures.mixture import GaussianMixture
+from toy.networks.tunable import ExactEps, MixtureTunable
 
 LOG_SNR = (-6.0, 6.0)
 

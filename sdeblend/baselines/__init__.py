@@ -6,7 +6,7 @@
     union          the OR of preferences: a mixture of members with tracked density ratios
     interpolation  quadratic strength, pairwise-corrected DB-MPA: coefficients over more members
 
-Rewarded soups average weights and so belong to a backend (``stablediffusion.adapters``, ``toy.network``).
+Rewarded soups average weights and so belong to a backend (``stablediffusion.adapters``, ``toy.networks.network``).
 Multi-LoRA Composite is DB-MPA with equal weights, Multi-LoRA Switch one member a step in turn (``sdeblend.select``):
 Zhong et al. 2402.16843.
 """

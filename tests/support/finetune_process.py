@@ -42,8 +42,8 @@ def line() -> tuple[Any, WeightedReward]:
 def mixture() -> tuple[Any, WeightedReward]:
     """Return a network on two modes, not trained, with a low-rank difference, and a reward."""
     from sdeblend import VPLinear
-    from toy.finetune import MixtureTunable, reward_of
-    from toy.network import for_mixture
+    from toy.networks.network import for_mixture
+    from toy.networks.tunable import MixtureTunable, reward_of
     from toy.problems import line2
 
     problem, schedule = line2(), VPLinear()

@@ -15,7 +15,7 @@ from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
 from sdeblend.reward import WeightedReward
 from tests.support.finetune_models import Line, quadratic
 from tests.support.strategies import close, generator, refuses
-from toy.finetune import MixtureTunable, reward_of
+from toy.networks.tunable import MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
 from toy.recovery import recovered
 

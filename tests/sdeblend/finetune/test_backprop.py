@@ -12,7 +12,7 @@ from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
 from sdeblend.reward import WeightedReward
 from tests.support.strategies import close, generator, refuses
 from toy import Problem
-from toy.finetune import ExactEps, MixtureTunable, reward_of
+from toy.networks.tunable import ExactEps, MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
 from toy.recovery import recovered
 

@@ -11,8 +11,8 @@ import torch
 from sdeblend import VPLinear
 from tests.support.strategies import generator, refuses
 from toy import GaussianMixture
-from toy.finetune import MixtureTunable
-from toy.network import for_mixture
+from toy.networks.network import for_mixture
+from toy.networks.tunable import MixtureTunable
 from toy.problems import line2
 
 SCHEDULE = VPLinear()

@@ -12,7 +12,7 @@ from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegr
 from sdeblend.reward import WeightedReward
 from tests.support.strategies import close, generator, refuses
 from toy import GaussianMixture, QuadraticReward
-from toy.finetune import MixtureTunable, reward_of
+from toy.networks.tunable import MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
 from toy.recovery import recovered
 

@@ -36,7 +36,15 @@ from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import Parametrisation
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.rewards import QuadraticReward
-from toy.network import Network, add_low_rank, for_mixture, load_network, low_rank_layers, pretrain, save_network
+from toy.networks.network import (
+    Network,
+    add_low_rank,
+    for_mixture,
+    load_network,
+    low_rank_layers,
+    pretrain,
+    save_network,
+)
 from toy.problems import PROBLEMS
 
 _NAMES: Any = Literal[tuple(PROBLEMS)]

@@ -11,9 +11,9 @@ from hypothesis import given
 from sdeblend import VPLinear
 from sdeblend.config import load_toml
 from tests.support.strategies import close, generator, mixtures, refuses
-from toy.finetune import ExactEps, MixtureTunable, TunedScore, build
 from toy.mixtures.mixture import GaussianMixture
-from toy.network import for_mixture, load_network, pretrain, save_network
+from toy.networks.network import for_mixture, load_network, pretrain, save_network
+from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, build
 from toy.problems import line2, ring8
 from toy.recovery import recovered
 

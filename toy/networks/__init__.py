@@ -1,0 +1,1 @@
+"""Networks that learn a mixture's score, and what trainers tune on top of them."""
