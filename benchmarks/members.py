@@ -38,8 +38,8 @@ from toy import metrics
 from toy.networks.network import for_mixture, load_network, pretrain, save_network
 from toy.networks.tunable import MixtureTunable, TunedScore, reward_of
 from toy.problems import PROBLEMS, Problem
-from toy.recovery import recovered
 from toy.scores.stack import mixture_score
+from toy.statements.recovery import recovered
 
 SAMPLES, STEPS = 8000, 100
 # Looks at a member while it is tuned, each at as many states; how near to 1 the slope is to count as there.

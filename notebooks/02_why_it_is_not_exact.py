@@ -21,7 +21,6 @@ from IPython.display import Image, display
 
 from sdeblend import Blend, Preference, VPLinear
 from toy import blend_gap, control, jensen_gap, mixture_score, problems
-from toy.bounds import jensen_bounds
 from toy.experiment import run
 from toy.plotting import figure_bytes, panels, style_of
 from toy.plotting_curves import certified, kl_of_laws, label, legend_below, measured
@@ -35,6 +34,7 @@ from toy.plotting_line import (
     rms,
 )
 from toy.settings import Settings
+from toy.statements.bounds import jensen_bounds
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"  # the tests run a short version
 SAMPLES = 1_000 if FAST else 20_000
@@ -120,7 +120,7 @@ for name, reward in problem.rewards.items():
 # ## Three bounds
 #
 # Lemma 1 bounds the gap. Each of the three bounds here can be computed without knowing the gap: B1 by Cauchy-Schwarz,
-# B2 in the paper's form, and B3 by integrating third cumulants along the tilt (`toy.bounds` has the formulas).
+# B2 in the paper's form, and B3 by integrating third cumulants along the tilt (formulas: `toy.statements.bounds`).
 #
 # **What would falsify the next figure:** one state at which the black line is above a coloured one. The largest ratio
 # of gap to bound over all states and times is printed (where the gap is above rounding); a ratio above one would be a
@@ -204,8 +204,8 @@ for title, outcome in sampled.items():
 # ## Over the KL weight
 #
 # On the line, the law of a blend can also be computed without a sample, by solving the Fokker-Planck equation of its
-# backward SDE (`toy.fokker_planck`). So the certificate of notebook `01` can be held against the KL divergence that
-# it bounds.
+# backward SDE (`toy.statements.fokker_planck`). So the certificate of notebook `01` can be held against the KL
+# divergence that it bounds.
 #
 # **What would falsify the last figure:** a certificate below the KL divergence of the law; an error of the blend that
 # does not grow as the KL weight falls, as the gap does; or a control that grows too.

@@ -24,7 +24,7 @@ from proofs_checks.chains import line_nodes, log_transition, member_means, norma
 from proofs_checks.check import Measurement, Outcome, Settings
 from proofs_checks.draw import draw_line, uniform
 from sdeblend import Ancestral, BackwardSDE, VPLinear, solve, time_grid
-from toy.fokker_planck import backward_density
+from toy.statements.fokker_planck import backward_density
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Axes, Figure

@@ -4,9 +4,9 @@ The law of a backward SDE obeys, in backward time tau,
 
     d rho/dtau = -d/dx[(g^2 S - f x) rho] + (g^2/2) d^2 rho/dx^2.
 
-It is solved by finite volumes (``toy.fokker_planck``), which know the score and nothing of samplers; samples come from
-``solve``, which knows nothing of densities. Distance: Kolmogorov's, D = sup |F_samples - F|; for the right F,
-sqrt(n) D exceeds 2.5 once in 10^5 draws.
+It is solved by finite volumes (``toy.statements.fokker_planck``), which know the score and nothing of samplers; samples
+come from ``solve``, which knows nothing of densities. Distance: Kolmogorov's, D = sup |F_samples - F|; for the right
+F, sqrt(n) D exceeds 2.5 once in 10^5 draws.
 
 With the exact score in place of the blend's, on the same grid, step and noise, the samples must have the exact
 target's law: what differs for the blend is the blend's own error.
@@ -26,9 +26,9 @@ from proofs_checks.check import Measurement, Outcome, Settings
 from proofs_checks.draw import Drawn, draw_line
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, ScoreFunction, VPLinear, solve, time_grid
 from toy import GaussianMixture
-from toy.fokker_planck import Density, backward_density
 from toy.problems import Problem, line2
 from toy.scores.stack import mixture_score
+from toy.statements.fokker_planck import Density, backward_density
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -23,7 +23,7 @@ from proofs_checks.quadrature import (
 )
 from sdeblend import NoiseSchedule, VPLinear
 from toy import control, jensen_gap
-from toy.bounds import jensen_bounds
+from toy.statements.bounds import jensen_bounds
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

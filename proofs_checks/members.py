@@ -20,7 +20,7 @@ from toy import GaussianMixture, Problem
 from toy.metrics import mode_weight_tv
 from toy.networks.network import Network, for_mixture, pretrain
 from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, reward_of
-from toy.recovery import recovered
+from toy.statements.recovery import recovered
 
 if TYPE_CHECKING:
     from proofs_checks.figures import Figure

@@ -5,14 +5,14 @@ closed forms of control and Jensen gap, the bounds, the Fokker-Planck law of a b
 """
 
 from toy import metrics, problems
-from toy.bounds import JensenBounds, jensen_bounds, thermodynamic_gap
-from toy.control import blend_gap, control, jensen_control, jensen_gap, log_mean_exp_reward
-from toy.fokker_planck import Density, backward_density
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.posterior import Posterior
 from toy.mixtures.rewards import QuadraticReward, combine
 from toy.problems import PROBLEMS, Problem, random_problem
 from toy.scores.stack import MixtureStack, mixture_score
+from toy.statements.bounds import JensenBounds, jensen_bounds, thermodynamic_gap
+from toy.statements.control import blend_gap, control, jensen_control, jensen_gap, log_mean_exp_reward
+from toy.statements.fokker_planck import Density, backward_density
 
 __all__ = [
     "PROBLEMS",

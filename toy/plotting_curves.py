@@ -17,9 +17,9 @@ from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend
 from toy.experiment import Outcome
-from toy.fokker_planck import backward_density
 from toy.plotting import OKABE_ITO, Style, style_of
 from toy.scores.stack import mixture_score
+from toy.statements.fokker_planck import backward_density
 
 FLOOR: Final = Style(OKABE_ITO["grey"], (0, (1, 1)), "exact samples (floor)", 2.0)
 CERTIFICATE: Final = Style(OKABE_ITO["vermillion"], "-", "certificate of DB-MPA", 2.0)

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend import NoiseSchedule
-from toy.bounds import jensen_bounds
-from toy.control import control, jensen_control, jensen_gap
 from toy.experiment import Outcome
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting import OKABE_ITO, Cloud, Style, density_1d, histogram_1d, panels, style_of, window_of
 from toy.plotting_curves import curve, family_style, label, legend_below
 from toy.problems import Problem
+from toy.statements.bounds import jensen_bounds
+from toy.statements.control import control, jensen_control, jensen_gap
 
 TIME = "time t (data at 0, noise at 1)"
 GAP = Style(OKABE_ITO["black"], "-", "Jensen gap Δ", 2.2)

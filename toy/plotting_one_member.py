@@ -11,8 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from toy.one_member import OneStep
 from toy.plotting import OKABE_ITO, panels, style_of
+from toy.statements.one_member import OneStep
 
 _MEMBERS = ("sky", "orange", "purple", "green", "yellow")
 

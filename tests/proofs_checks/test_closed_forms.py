@@ -12,7 +12,7 @@ from proofs_checks import closed_forms, lemma_1, lemma_2, limits, proposition_1,
 from proofs_checks.check import Outcome, Settings
 from sdeblend import Blend, VPLinear
 from toy import GaussianMixture, control
-from toy.bounds import JensenBounds, jensen_bounds
+from toy.statements.bounds import JensenBounds, jensen_bounds
 
 NAMES = ("closed_forms", "proposition_1", "lemma_1", "remark_2", "lemma_2", "limits")
 

@@ -17,7 +17,7 @@ from tests.support.finetune_models import Line, quadratic
 from tests.support.strategies import close, generator, refuses
 from toy.networks.tunable import MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
-from toy.recovery import recovered
+from toy.statements.recovery import recovered
 
 
 def trainer(kl_weight: float = 0.5, **settings: object) -> AdjointMatching:

@@ -14,7 +14,7 @@ from tests.support.strategies import close, generator, refuses
 from toy import Problem
 from toy.networks.tunable import ExactEps, MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
-from toy.recovery import recovered
+from toy.statements.recovery import recovered
 
 SCHEDULE = VPLinear()
 STEPS = 50

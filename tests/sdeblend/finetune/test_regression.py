@@ -14,7 +14,7 @@ from tests.support.strategies import close, generator, refuses
 from toy import GaussianMixture, QuadraticReward
 from toy.networks.tunable import MixtureTunable, reward_of
 from toy.problems import gaussian_linear, line2
-from toy.recovery import recovered
+from toy.statements.recovery import recovered
 
 SCHEDULE = VPLinear()
 NODES = torch.linspace(-6, 6, 4001, dtype=torch.float64)

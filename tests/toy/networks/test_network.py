@@ -15,7 +15,7 @@ from toy.mixtures.mixture import GaussianMixture
 from toy.networks.network import for_mixture, load_network, pretrain, save_network
 from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, build
 from toy.problems import line2, ring8
-from toy.recovery import recovered
+from toy.statements.recovery import recovered
 
 SCHEDULE = VPLinear()
 TABLE = {"problem": "line2", "base": "exact", "width": 16}

@@ -8,8 +8,8 @@ import torch
 from sdeblend import SCHEDULES, BackwardSDE, Blend, Preference, VPLinear
 from tests.support.strategies import SCHEDULE, refuses
 from toy import Density, GaussianMixture, MixtureStack, backward_density, mixture_score
-from toy.fokker_planck import fokker_planck
 from toy.problems import conflict_line, line2
+from toy.statements.fokker_planck import fokker_planck
 
 HALVES = Preference([0.5, 0.5])
 
