@@ -23,8 +23,8 @@ from sdeblend import Blend, Preference, VPLinear
 from toy import blend_gap, control, jensen_gap, mixture_score, problems
 from toy.experiment import run
 from toy.plotting import figure_bytes, panels, style_of
-from toy.plotting_curves import certified, kl_of_laws, label, legend_below, measured
-from toy.plotting_line import (
+from toy.plotting.curves import certified, kl_of_laws, label, legend_below, measured
+from toy.plotting.line import (
     bounds_figure,
     conflict_figure,
     controls_figure,

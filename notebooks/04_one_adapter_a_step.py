@@ -30,8 +30,8 @@ from sdeblend import STEPS, BackwardSDE, Blend, OneMemberPerStep, Preference, VP
 from toy import MixtureStack, mixture_score, problems
 from toy.metrics import mode_weights, sliced_w2, sliced_w2_floor
 from toy.plotting import OKABE_ITO, Style, figure_bytes, panels, style_of
-from toy.plotting_curves import FLOOR, curve, label, legend_below
-from toy.plotting_one_member import batches_figure, one_step_figure, sequence_figure
+from toy.plotting.curves import FLOOR, curve, label, legend_below
+from toy.plotting.one_member import batches_figure, one_step_figure, sequence_figure
 from toy.statements.one_member import covariance_error, extra_variance, one_step
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"

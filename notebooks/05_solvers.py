@@ -30,7 +30,7 @@ from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from toy import MixtureStack, mixture_score, problems
 from toy.metrics import sliced_w2, sliced_w2_floor
 from toy.plotting import OKABE_ITO, Cloud, Style, contours_2d, figure_bytes, panels, points_2d, style_of, window_of
-from toy.plotting_curves import FLOOR, curve, label, legend_below
+from toy.plotting.curves import FLOOR, curve, label, legend_below
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"
 SAMPLES, REPEATS = (1_000, 2) if FAST else (20_000, 4)

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         contents.append(json.dumps(outcome.report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if kind is not None:
         from toy.plotting import figure_bytes
-        from toy.plotting_experiment import experiment_figure
+        from toy.plotting.experiment import experiment_figure
 
         contents.append(figure_bytes(experiment_figure(outcome), kind))
     for path, content in zip(outputs, contents, strict=True):

@@ -16,7 +16,7 @@ from sdeblend import cli
 from toy.problem_file import load_problem
 from toy.problems import ring8
 
-EXAMPLES = Path(toy.plotting.__file__).parent / "examples"
+EXAMPLES = Path(toy.__file__).parent / "examples"
 SMALL = (EXAMPLES / "line2.toml").read_text().replace("steps = 200", "steps = 8").replace("= 20000", "= 60")
 MAGIC = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 

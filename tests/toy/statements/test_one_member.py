@@ -7,8 +7,8 @@ import torch
 
 from sdeblend import BackwardSDE, Blend, VPLinear, solve, time_grid
 from toy import MixtureStack, problems
-from toy.plotting import figure_bytes
-from toy.plotting_one_member import batches_figure, one_step_figure, sequence_figure
+from toy.plotting.laws import figure_bytes
+from toy.plotting.one_member import batches_figure, one_step_figure, sequence_figure
 from toy.statements.one_member import OneStep, covariance_error, extra_variance, one_step
 
 SCHEDULE, WEIGHTS = VPLinear(), torch.tensor([0.6, 0.4], dtype=torch.float64)

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting import (
+from toy.plotting.laws import (
     FORMATS,
     OKABE_ITO,
     Cloud,
@@ -132,6 +132,6 @@ def test_format_must_be_known() -> None:
 
 
 def test_no_global_figure_is_made() -> None:
-    program = "import sys, toy.plotting, toy.plotting_experiment; print('matplotlib.pyplot' in sys.modules)"
+    program = "import sys, toy.plotting, toy.plotting.experiment; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Figures of laws and samples in one, two and more dimensions; the only module here that imports matplotlib.
+"""Figures of laws and samples in one, two and more dimensions.
 
 Figures are ``matplotlib.figure.Figure`` objects: no pyplot, no global state, no window. Colours are Okabe and Ito's,
 which stay apart for all common forms of colour blindness, and every curve has a line style besides its colour. A

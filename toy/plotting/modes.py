@@ -15,8 +15,8 @@ from torch import Tensor
 
 from toy.experiment import Outcome
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting import Cloud, Style, contours_2d, panels, points_2d, style_of, window_of
-from toy.plotting_curves import label, legend_below
+from toy.plotting.curves import label, legend_below
+from toy.plotting.laws import Cloud, Style, contours_2d, panels, points_2d, style_of, window_of
 
 
 def laws_figure(

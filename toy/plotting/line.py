@@ -19,8 +19,8 @@ from sdeblend import NoiseSchedule
 from toy.experiment import Outcome
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting import OKABE_ITO, Cloud, Style, density_1d, histogram_1d, panels, style_of, window_of
-from toy.plotting_curves import curve, family_style, label, legend_below
+from toy.plotting.curves import curve, family_style, label, legend_below
+from toy.plotting.laws import OKABE_ITO, Cloud, Style, density_1d, histogram_1d, panels, style_of, window_of
 from toy.problems import Problem
 from toy.statements.bounds import jensen_bounds
 from toy.statements.control import control, jensen_control, jensen_gap

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend
 from toy.experiment import Outcome
-from toy.plotting import OKABE_ITO, Style, style_of
+from toy.plotting.laws import OKABE_ITO, Style, style_of
 from toy.scores.stack import mixture_score
 from toy.statements.fokker_planck import backward_density
 

@@ -14,9 +14,9 @@ from sdeblend import VPLinear
 from toy import control, problems
 from toy.experiment import Outcome, run
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting import Cloud, figure_bytes, panels, style_of
-from toy.plotting_curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
-from toy.plotting_line import (
+from toy.plotting.curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
+from toy.plotting.laws import Cloud, figure_bytes, panels, style_of
+from toy.plotting.line import (
     bounds_figure,
     conflict_figure,
     controls_figure,
@@ -26,7 +26,7 @@ from toy.plotting_line import (
     rms,
     strengths_figure,
 )
-from toy.plotting_modes import laws_figure, modes_figure
+from toy.plotting.modes import laws_figure, modes_figure
 from toy.settings import Settings
 
 METHODS = ("exact", "mpa", "mpa-corrected")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from toy.experiment import Outcome
-from toy.plotting import Cloud, compare_figure, style_of
+from toy.plotting.laws import Cloud, compare_figure, style_of
 
 
 def experiment_figure(outcome: Outcome) -> Figure:
