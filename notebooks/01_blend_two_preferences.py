@@ -24,11 +24,10 @@ from IPython.display import Image, display
 
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from toy import metrics, problems
-from toy.experiment import run
+from toy.experiment import Settings, run
 from toy.plotting import Cloud, figure_bytes, member_style, panels, style_of
 from toy.plotting.curves import CERTIFICATE, certified, curve, kl_of_modes, label, legend_below, measured
 from toy.plotting.modes import laws_figure, modes_figure
-from toy.settings import Settings
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"  # the tests run a short version
 SAMPLES = 1_000 if FAST else 20_000

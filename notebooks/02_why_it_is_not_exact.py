@@ -21,7 +21,7 @@ from IPython.display import Image, display
 
 from sdeblend import Blend, Preference, VPLinear
 from toy import blend_gap, control, jensen_gap, mixture_score, problems
-from toy.experiment import run
+from toy.experiment import Settings, run
 from toy.plotting import figure_bytes, panels, style_of
 from toy.plotting.curves import certified, kl_of_laws, label, legend_below, measured
 from toy.plotting.line import (
@@ -33,7 +33,6 @@ from toy.plotting.line import (
     line_states,
     rms,
 )
-from toy.settings import Settings
 from toy.statements.bounds import jensen_bounds
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"  # the tests run a short version

@@ -26,11 +26,10 @@ from IPython.display import Image, display
 
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from toy import MixtureStack, Problem, QuadraticReward, metrics, mixture_score, problems
-from toy.experiment import run
+from toy.experiment import Settings, run
 from toy.plotting import figure_bytes, panels, style_of
 from toy.plotting.curves import CERTIFICATE, certified, curve, family_style, label, legend_below, measured
 from toy.plotting.line import histograms_figure, line_states, rms, strengths_figure
-from toy.settings import Settings
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"  # the tests run a short version
 SAMPLES = 1_000 if FAST else 20_000

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend
-from toy.experiment import Outcome
+from toy.experiment.experiment import Outcome
 from toy.plotting.laws import OKABE_ITO, Style, style_of
 from toy.scores.stack import mixture_score
 from toy.statements.fokker_planck import backward_density

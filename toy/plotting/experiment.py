@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from toy.experiment import Outcome
+from toy.experiment.experiment import Outcome
 from toy.plotting.laws import Cloud, compare_figure, style_of
 
 

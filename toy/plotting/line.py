@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend import NoiseSchedule
-from toy.experiment import Outcome
+from toy.experiment.experiment import Outcome
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import curve, family_style, label, legend_below

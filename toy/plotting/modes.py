@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from toy.experiment import Outcome
+from toy.experiment.experiment import Outcome
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import label, legend_below
 from toy.plotting.laws import Cloud, Style, contours_2d, panels, points_2d, style_of, window_of

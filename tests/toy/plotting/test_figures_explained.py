@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from sdeblend import VPLinear
 from toy import control, problems
 from toy.experiment import Outcome, run
+from toy.experiment.settings import Settings
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
 from toy.plotting.laws import Cloud, figure_bytes, panels, style_of
@@ -27,7 +28,6 @@ from toy.plotting.line import (
     strengths_figure,
 )
 from toy.plotting.modes import laws_figure, modes_figure
-from toy.settings import Settings
 
 METHODS = ("exact", "mpa", "mpa-corrected")
 

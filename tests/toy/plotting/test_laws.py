@@ -12,6 +12,7 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 
+from toy.experiment.settings import METHODS
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.laws import (
     FORMATS,
@@ -29,7 +30,6 @@ from toy.plotting.laws import (
     window_of,
 )
 from toy.problems import high_dimension, line2, ring8
-from toy.settings import METHODS
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -30,10 +30,10 @@ from torch import Tensor
 from sdeblend import BackwardSDE, Blend, Correction, OneMemberPerStep, ScoreFunction, State, trajectory
 from sdeblend.certificate import WARN_ESS, WARN_NATS, Certificate
 from toy import metrics
+from toy.experiment.settings import METHODS, Prepared, Settings, prepare
 from toy.mixtures.mixture import GaussianMixture
 from toy.problems import Problem
 from toy.scores.stack import mixture_score
-from toy.settings import METHODS, Prepared, Settings, prepare
 
 # Streams of random numbers of one seed; all methods share the first.
 _NOISE, _ANCESTORS, _MEMBERS, _EXACT, _FLOORS, _DIRECTIONS = range(6)

@@ -3,7 +3,7 @@
     [base]          weights, means, and either covariances or variances (isotropic)
     [[rewards]]     name, linear, quadratic, constant: r(x) = constant + linear.x - x'quadratic x / 2
     [blend]         kl_weight, weights (one a reward); strength, methods, schedule, solver, spacing, steps,
-                    samples, seed have defaults (``toy.settings.Settings``)
+                    samples, seed have defaults (``toy.experiment.settings.Settings``)
 
 Every message names the file, the table and what is allowed.
 
@@ -23,10 +23,10 @@ from sdeblend.config import REQUIRED, Kind, check_keys, load_toml
 from sdeblend.grid import Spacing
 from sdeblend.schedule import SCHEDULES
 from sdeblend.steps import STEPS
+from toy.experiment.settings import METHODS, Settings, prepare
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.rewards import QuadraticReward
 from toy.problems import Problem
-from toy.settings import METHODS, Settings, prepare
 
 
 def _one_of(names: Iterable[str]) -> Kind:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from toy.experiment import Outcome, run
+from toy.experiment.settings import METHODS, Settings, prepare
 from toy.problems import gaussian_linear, line2, ring8
-from toy.settings import METHODS, Settings, prepare
 
 EVEN = (0.5, 0.5)
 TARGET_KEYS = {"component_weights", "mean", "covariance", "mean_reward", "log_normalizer"}

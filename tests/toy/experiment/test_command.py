@@ -13,7 +13,7 @@ import torch
 
 import toy.plotting
 from sdeblend import cli
-from toy.problem_file import load_problem
+from toy.experiment.problem_file import load_problem
 from toy.problems import ring8
 
 EXAMPLES = Path(toy.__file__).parent / "examples"
@@ -217,7 +217,7 @@ def test_outputs_are_checked_before_the_run(
     def run(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("the run was started")
 
-    monkeypatch.setattr("toy.experiment.run", run)
+    monkeypatch.setattr("toy.experiment.experiment.run", run)
     path = problem()
     assert cli.main(["toy", str(path), *[option.format(tmp_path) for option in options]]) == 2
     captured = capsys.readouterr()

@@ -2,8 +2,8 @@
 
     sdeblend toy PROBLEM.toml [--json FILE] [--figure FILE]
 
-``toy.problem_file`` says what a problem file holds, ``toy.experiment.run`` what the result does. Files are written
-after everything has succeeded, each whole or not at all.
+``toy.experiment.problem_file`` says what a problem file holds, ``toy.experiment.run`` what the result does. Files are
+written after everything has succeeded, each whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from sdeblend.io import write_atomically
 
 if TYPE_CHECKING:
-    from toy.experiment import Progress
+    from toy.experiment.experiment import Progress
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     check_outputs(problem_file, outputs)
     kind = None if arguments.figure is None else figure_format(arguments.figure)
     # Late: help and a name that cannot be used need no torch.
-    from toy.experiment import run
-    from toy.problem_file import load_problem
-    from toy.table import report_table
+    from toy.experiment.experiment import run
+    from toy.experiment.problem_file import load_problem
+    from toy.experiment.table import report_table
 
     problem, settings = load_problem(problem_file)
     with _bar() as progress:
