@@ -16,7 +16,8 @@ from sdeblend.evaluate.run import World, evaluate
 from sdeblend.select import select_members
 from tests.support.strategies import generator, refuses
 from toy import MixtureStack
-from toy.evaluate import MixtureCase, build
+from toy.evaluate.backend import build
+from toy.evaluate.case import MixtureCase
 
 BATCH, STEPS = 40, 12
 DEVICE = torch.device("cpu")

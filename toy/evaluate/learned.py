@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sdeblend.evaluate.backend import Wanted
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, Stack
-from toy.evaluate import MixtureCase, Posed
+from toy.evaluate.case import MixtureCase, Posed
 from toy.mixtures.mixture import GaussianMixture
 from toy.networks.network import Network, add_low_rank, for_mixture, low_rank_layers, pretrain
 

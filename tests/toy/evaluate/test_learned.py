@@ -7,7 +7,7 @@ from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.draws import Draws
 from sdeblend.evaluate.methods import METHODS
 from tests.support.strategies import generator
-from toy.evaluate import build
+from toy.evaluate.backend import build
 
 TABLE = {"problems": ["ring8"], "scores": "learned", "train_steps": 20, "rank": 3, "steps": 4}
 X = 2 * torch.randn(50, 2, generator=generator(0))
