@@ -8,7 +8,7 @@
     draws = [0, 1, 2]               # "random" only: its seeds; the draws of one size are replicates of each other
     dim = 2                         # "random" and "high_dimension"
     solver = "dpm-2m-sde"           # a name of sdeblend.STEPS, with spacing and steps
-    scores = "exact"                # or "learned": networks with low-rank members (toy.learned), with rank, train_steps
+    scores = "exact"                # or "learned": networks with low-rank members, with rank, train_steps
     trainings = [0, 1, 2]           # "learned" only: seeds of the networks, which are replicates of each other
 
 Source: Kim et al. (DAS) 2501.05803 for "das-grid" and "das-ring"; their reward is split in two, x and y, whose members

@@ -70,7 +70,7 @@ class LearnedCase(MixtureCase):
             pretrain(bases[known], base, steps=self.steps, batch=BATCH, seed=seed)
         self.network = bases[known].requires_grad_(False)
         self.factors = [self.tuned(law, 1 + place) for place, law in enumerate(self.problem.members())]
-        self._scores = Stack([self._with([]), *(self._with([(1.0, f)]) for f in self.factors)])
+        self._scores = Stack([self._with([]), *(self._with([(1.0, f)]) for f in self.factors)], self.names)
         self._tuned: dict[tuple[Any, ...], NetworkScore] = {}
 
     def stack(self, batch: int) -> Stack:  # type: ignore[override]
