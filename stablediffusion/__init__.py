@@ -13,7 +13,7 @@ from stablediffusion.latents import PipelineScore, pipeline_score
 from stablediffusion.lora import convert_lora, load_lora, read_lora, save_lora
 from stablediffusion.members import Member, Members, load_members
 from stablediffusion.particles import EffectiveSamples
-from stablediffusion.schedulers import schedule_of, scheduler_grid
+from stablediffusion.pipelines.schedulers import schedule_of, scheduler_grid
 
 __all__ = [
     "EffectiveSamples",

@@ -30,11 +30,11 @@ from sdeblend.blend import Preference
 from sdeblend.correct import Correction, CorrectionMode
 from sdeblend.select import Selection
 from stablediffusion.adapters import SOUPS
-from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
 from stablediffusion.knobs import Knobs, Mode
 from stablediffusion.members import Members
-from stablediffusion.schedulers import SUPPORTED
+from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion.pipelines.schedulers import SUPPORTED
 
 _MARK = "_sdeblend_attached"
 

@@ -28,9 +28,9 @@ from sdeblend.io import write_atomically
 from stablediffusion.attach import blend
 from stablediffusion.command import BUNDLED
 from stablediffusion.knobs import Knobs
-from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora
 from stablediffusion.members import load_members
+from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.small.files import MODEL, bundled_member
 
 _SCHEDULERS = {

@@ -21,11 +21,11 @@ from sdeblend.correct import Correction
 from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
 from sdeblend.steps import Move
 from stablediffusion.adapters import SOUPS
-from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
 from stablediffusion.members import Members
 from stablediffusion.particles import EffectiveSamples, Particles, guided, same_problem
-from stablediffusion.schedulers import noisy_move, schedule_of
+from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion.pipelines.schedulers import noisy_move, schedule_of
 
 Mode = Literal["mpa", "ls", "soup", "soup-factors"]
 

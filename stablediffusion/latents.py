@@ -24,11 +24,11 @@ from torch import Tensor
 
 from sdeblend.score import Bound, ScoreStack, conversion
 from stablediffusion.adapters import SOUPS
-from stablediffusion.components import denoiser_of
 from stablediffusion.denoiser import DenoiserStack
-from stablediffusion.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
 from stablediffusion.members import Members
-from stablediffusion.schedulers import schedule_of, timestep_of
+from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
+from stablediffusion.pipelines.schedulers import schedule_of, timestep_of
 
 
 class PipelineScore(ScoreStack):

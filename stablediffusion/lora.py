@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from sdeblend.io import write_atomically
-from stablediffusion.components import denoiser_of, lora_components
+from stablediffusion.pipelines.components import denoiser_of, lora_components
 
 LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 ABOUT = "sdeblend."

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from stablediffusion.adapters import AdapterSwitch, check_unfused
-from stablediffusion.components import denoiser_of, lora_components, text_encoders_of
-from stablediffusion.identity import base_identity, same_base
 from stablediffusion.lora import LoraFile, load_lora, read_lora, remove_adapter
+from stablediffusion.pipelines.components import denoiser_of, lora_components, text_encoders_of
+from stablediffusion.pipelines.identity import base_identity, same_base
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | None
 

@@ -56,11 +56,11 @@ from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
 from stablediffusion.evaluate.case import PipelineCase
-from stablediffusion.identity import base_identity
-from stablediffusion.loading import load_pipeline
 from stablediffusion.lora import find_lora, read_lora
 from stablediffusion.members import Members, load_members
-from stablediffusion.prompts import prompt_lines
+from stablediffusion.pipelines.identity import base_identity
+from stablediffusion.pipelines.loading import load_pipeline
+from stablediffusion.pipelines.prompts import prompt_lines
 from stablediffusion.rewards import ImageReward
 from stablediffusion.rewards.scoring import image_rewards
 from stablediffusion.scenes.captions import different_captions

@@ -25,13 +25,13 @@ from sdeblend.evaluate.backend import Case, Distance, Wanted, moved
 from sdeblend.evaluate.draws import Draws
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
-from stablediffusion.inputs import decode_latents
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.members import Members
 from stablediffusion.montage import montage_png
+from stablediffusion.pipelines.inputs import decode_latents
+from stablediffusion.pipelines.schedulers import scheduler_grid
 from stablediffusion.rewards.scoring import Prompts, score_each
 from stablediffusion.scenes.captions import parse
-from stablediffusion.schedulers import scheduler_grid
 from stablediffusion.small.candidates import SCORED, draw_candidates
 
 if TYPE_CHECKING:

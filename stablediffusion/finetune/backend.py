@@ -30,7 +30,7 @@ from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.finetune.model import Tunable
 from sdeblend.reward import RewardFunction
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
-from stablediffusion.loading import load_pipeline
+from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
 from stablediffusion.scenes.captions import training_captions
 from stablediffusion.small.files import MODEL

@@ -33,12 +33,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sdeblend.finetune.model import Condition
 from stablediffusion.adapters import AdapterSwitch, check_unfused
-from stablediffusion.components import denoiser_of, lora_components
-from stablediffusion.identity import base_identity, same_base
-from stablediffusion.inputs import decode_latents, denoiser_arguments, image_size
 from stablediffusion.lora import ABOUT, no_false_alarms, read_lora, save_lora
-from stablediffusion.prompts import Draw, Encoder, PromptCondition, prompt_source
-from stablediffusion.schedulers import schedule_of, timestep_of
+from stablediffusion.pipelines.components import denoiser_of, lora_components
+from stablediffusion.pipelines.identity import base_identity, same_base
+from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, image_size
+from stablediffusion.pipelines.prompts import Draw, Encoder, PromptCondition, prompt_source
+from stablediffusion.pipelines.schedulers import schedule_of, timestep_of
 
 Layers = Literal["attention", "feed-forward", "convolutions"]
 _TARGETS: dict[str, tuple[str, ...]] = {

@@ -16,8 +16,8 @@ from sdeblend.reward import WeightedReward
 from stablediffusion import load_lora, load_members, pipeline_score, read_lora, save_lora, scheduler_grid
 from stablediffusion.finetune import build
 from stablediffusion.finetune.tunable import ADAPTER, PipelineTunable
-from stablediffusion.identity import base_identity, same_base
-from stablediffusion.prompts import PromptCondition
+from stablediffusion.pipelines.identity import base_identity, same_base
+from stablediffusion.pipelines.prompts import PromptCondition
 from stablediffusion.rewards import REWARDS, colourfulness, find_reward, jpeg_size
 from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
 from tests.support.strategies import refuses

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablediffusion.components import denoiser_of
+from stablediffusion.pipelines.components import denoiser_of
 
 
 def encode_prompts(

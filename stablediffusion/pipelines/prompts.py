@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablediffusion.inputs import encode_prompts
+from stablediffusion.pipelines.inputs import encode_prompts
 
 Draw = Callable[[int, torch.Generator], Sequence[str]]
 _REMEMBERED = 1024
