@@ -29,10 +29,10 @@ from torch import nn
 from sdeblend.blend import Preference
 from sdeblend.correct import Correction, CorrectionMode
 from sdeblend.select import Selection
-from stablediffusion.adapters import SOUPS
+from stablediffusion.adapters.members import Members
+from stablediffusion.adapters.switch import SOUPS
 from stablediffusion.denoiser import DenoiserStack
 from stablediffusion.knobs import Knobs, Mode
-from stablediffusion.members import Members
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.schedulers import SUPPORTED
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.score import ScoreStack
-from stablediffusion.adapters import SideBySide
-from stablediffusion.members import Member, Members
+from stablediffusion.adapters.members import Member, Members
+from stablediffusion.adapters.switch import SideBySide
 
 # Arguments of Flux whose first dimension is the sequence, not the batch.
 _NOT_BATCHED = ("img_ids", "txt_ids")

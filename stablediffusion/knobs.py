@@ -20,9 +20,9 @@ from sdeblend.certificate import Certificate
 from sdeblend.correct import Correction
 from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
 from sdeblend.steps import Move
-from stablediffusion.adapters import SOUPS
+from stablediffusion.adapters.members import Members
+from stablediffusion.adapters.switch import SOUPS
 from stablediffusion.denoiser import DenoiserStack
-from stablediffusion.members import Members
 from stablediffusion.particles import EffectiveSamples, Particles, guided, same_problem
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.schedulers import noisy_move, schedule_of

@@ -55,9 +55,9 @@ from diffusers import DDIMScheduler
 from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
+from stablediffusion.adapters.files import find_lora, read_lora
+from stablediffusion.adapters.members import Members, load_members
 from stablediffusion.evaluate.case import PipelineCase
-from stablediffusion.lora import find_lora, read_lora
-from stablediffusion.members import Members, load_members
 from stablediffusion.pipelines.identity import base_identity
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.pipelines.prompts import prompt_lines

@@ -25,8 +25,8 @@ from sdeblend.evaluate.backend import Case, Distance, Wanted, moved
 from sdeblend.evaluate.draws import Draws
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
+from stablediffusion.adapters.members import Members
 from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
-from stablediffusion.members import Members
 from stablediffusion.montage import montage_png
 from stablediffusion.pipelines.inputs import decode_latents
 from stablediffusion.pipelines.schedulers import scheduler_grid

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdeblend.finetune.model import Condition
-from stablediffusion.adapters import AdapterSwitch, check_unfused
-from stablediffusion.lora import ABOUT, no_false_alarms, read_lora, save_lora
+from stablediffusion.adapters.files import ABOUT, no_false_alarms, read_lora, save_lora
+from stablediffusion.adapters.switch import AdapterSwitch, check_unfused
 from stablediffusion.pipelines.components import denoiser_of, lora_components
 from stablediffusion.pipelines.identity import base_identity, same_base
 from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, image_size

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
+from stablediffusion.adapters.members import load_members
 from stablediffusion.making.recipes import recipe_of
-from stablediffusion.members import load_members
 from stablediffusion.rewards import REWARDS
 from stablediffusion.scenes.captions import different_captions, parse
 from stablediffusion.scenes.scorer import accuracies

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdeblend.io import write_atomically
-from stablediffusion.lora import no_false_alarms
+from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.pipeline import generate
 from stablediffusion.scenes.captions import caption, held_out_captions
 from stablediffusion.scenes.drawing import draw

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stablediffusion.lora import no_false_alarms
+from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.networks import scheduler
 from stablediffusion.making.tokenizer import tokenizer
 from stablediffusion.small.files import GUIDANCE

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Preference
+from stablediffusion.adapters.members import Members
 from stablediffusion.attach import blend
 from stablediffusion.knobs import Mode
-from stablediffusion.members import Members
 from stablediffusion.rewards import REWARDS, ImageReward
 from stablediffusion.small.files import GUIDANCE
 

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from sdeblend import Preference
 from stablediffusion import blend, load_members
-from stablediffusion.adapters import SideBySide, delta_soup, factor_soup
+from stablediffusion.adapters.switch import SideBySide, delta_soup, factor_soup
 from stablediffusion.testing import tiny_call, tiny_lora, tiny_pipeline
 from tests.support import sd_reference as reference
 

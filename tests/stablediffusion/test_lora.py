@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from stablediffusion import convert_lora, load_lora, read_lora, save_lora
-from stablediffusion.lora import remove_adapter
+from stablediffusion.adapters.files import remove_adapter
 from stablediffusion.pipelines.components import lora_components
 from stablediffusion.testing import FAMILIES, TASKS, tiny_call, tiny_lora, tiny_pipeline
 

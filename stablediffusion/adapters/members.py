@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stablediffusion.adapters import AdapterSwitch, check_unfused
-from stablediffusion.lora import LoraFile, load_lora, read_lora, remove_adapter
+from stablediffusion.adapters.files import LoraFile, load_lora, read_lora, remove_adapter
+from stablediffusion.adapters.switch import AdapterSwitch, check_unfused
 from stablediffusion.pipelines.components import denoiser_of, lora_components, text_encoders_of
 from stablediffusion.pipelines.identity import base_identity, same_base
 

@@ -1,0 +1,1 @@
+"""LoRA adapters on a pipeline's networks: their files, members of a blend, switching, averaging, side by side."""
