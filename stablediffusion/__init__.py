@@ -9,10 +9,10 @@ or, with the core's solver in place of the pipeline's, ``pipeline_score(pipe, pr
 
 from stablediffusion.adapters.files import convert_lora, load_lora, read_lora, save_lora
 from stablediffusion.adapters.members import Member, Members, load_members
-from stablediffusion.attach import blend
-from stablediffusion.knobs import Knobs
-from stablediffusion.latents import PipelineScore, pipeline_score
-from stablediffusion.particles import EffectiveSamples
+from stablediffusion.blending.attach import blend
+from stablediffusion.blending.knobs import Knobs
+from stablediffusion.blending.latents import PipelineScore, pipeline_score
+from stablediffusion.blending.particles import EffectiveSamples
 from stablediffusion.pipelines.schedulers import schedule_of, scheduler_grid
 
 __all__ = [

@@ -27,9 +27,9 @@ from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
 from stablediffusion.adapters.files import find_lora
 from stablediffusion.adapters.members import load_members
-from stablediffusion.attach import blend
+from stablediffusion.blending.attach import blend
+from stablediffusion.blending.knobs import Knobs
 from stablediffusion.command import BUNDLED
-from stablediffusion.knobs import Knobs
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.small.files import MODEL, bundled_member
 

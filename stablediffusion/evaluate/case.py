@@ -26,7 +26,7 @@ from sdeblend.evaluate.draws import Draws
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
-from stablediffusion.latents import PipelineScore, SoupScore, pipeline_score
+from stablediffusion.blending.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.montage import montage_png
 from stablediffusion.pipelines.inputs import decode_latents
 from stablediffusion.pipelines.schedulers import scheduler_grid

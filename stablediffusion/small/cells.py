@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sdeblend.blend import Preference
 from stablediffusion.adapters.members import Members
-from stablediffusion.attach import blend
-from stablediffusion.knobs import Mode
+from stablediffusion.blending.attach import blend
+from stablediffusion.blending.knobs import Mode
 from stablediffusion.rewards import REWARDS, ImageReward
 from stablediffusion.small.files import GUIDANCE
 

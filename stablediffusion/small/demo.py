@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sdeblend.blend import Preference
 from sdeblend.io import write_atomically
 from stablediffusion.adapters.members import load_members
-from stablediffusion.knobs import Mode
+from stablediffusion.blending.knobs import Mode
 from stablediffusion.small import load_small
 from stablediffusion.small.cells import PROMPTS, Cell, draw_cell, mean_and_error
 from stablediffusion.small.files import bundled_member

@@ -23,8 +23,8 @@ from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
 from sdeblend.evaluate.summary import load
 from stablediffusion.adapters.members import load_members
+from stablediffusion.blending.latents import SoupScore, pipeline_score
 from stablediffusion.evaluate import backend as backend_module
-from stablediffusion.latents import SoupScore, pipeline_score
 from stablediffusion.rewards import REWARDS, ImageReward
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 from tests.support.strategies import refuses

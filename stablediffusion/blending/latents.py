@@ -25,7 +25,7 @@ from torch import Tensor
 from sdeblend.score import Bound, ScoreStack, conversion
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.switch import SOUPS
-from stablediffusion.denoiser import DenoiserStack
+from stablediffusion.blending.denoiser import DenoiserStack
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
 from stablediffusion.pipelines.schedulers import schedule_of, timestep_of

@@ -31,8 +31,8 @@ from sdeblend.correct import Correction, CorrectionMode
 from sdeblend.select import Selection
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.switch import SOUPS
-from stablediffusion.denoiser import DenoiserStack
-from stablediffusion.knobs import Knobs, Mode
+from stablediffusion.blending.denoiser import DenoiserStack
+from stablediffusion.blending.knobs import Knobs, Mode
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.schedulers import SUPPORTED
 

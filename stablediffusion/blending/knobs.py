@@ -22,8 +22,8 @@ from sdeblend.select import OneMemberPerStep, Selection, check_probabilities
 from sdeblend.steps import Move
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.switch import SOUPS
-from stablediffusion.denoiser import DenoiserStack
-from stablediffusion.particles import EffectiveSamples, Particles, guided, same_problem
+from stablediffusion.blending.denoiser import DenoiserStack
+from stablediffusion.blending.particles import EffectiveSamples, Particles, guided, same_problem
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.schedulers import noisy_move, schedule_of
 

@@ -1,0 +1,1 @@
+"""Blends on pipelines: attached to the pipeline's own run, or as scores on latents for the core's solver."""
