@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from sdeblend import cli
-from stablediffusion.command import main, sweep_points
-from stablediffusion.generate import Run
+from stablediffusion.generate.command import main, sweep_points
+from stablediffusion.generate.run import Run
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 
 

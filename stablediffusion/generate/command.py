@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--seed must be a whole number from 0 to 2^62, got {arguments.seed}")
     points = sweep_points(weights, arguments.sweep)
     # Late: help and settings that cannot be used need neither torch nor diffusers.
-    from stablediffusion.generate import Run
+    from stablediffusion.generate.run import Run
 
     out: Path = settings.pop("out") or _folder(settings)
     for name in ("sweep", "weights"):

@@ -29,7 +29,7 @@ from stablediffusion.adapters.files import find_lora
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.attach import blend
 from stablediffusion.blending.knobs import Knobs
-from stablediffusion.command import BUNDLED
+from stablediffusion.generate.command import BUNDLED
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.small.files import MODEL, bundled_member
 

@@ -1,0 +1,1 @@
+"""``sdeblend generate``: images from a blend, on the command line."""
