@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from IPython.display import Image, display
 
-from proofs_checks.draw import Drawn
+from proofs_checks.harness.draw import Drawn
 from proofs_checks.proposition_2 import line_distances
 from sdeblend import STEPS, BackwardSDE, Blend, OneMemberPerStep, Preference, VPLinear, solve, time_grid
 from toy import MixtureStack, mixture_score, problems

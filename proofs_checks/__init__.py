@@ -2,29 +2,6 @@
 
 ``python -m proofs_checks`` (or ``sdeblend verify``) runs all of them. A check computes both sides of its
 statement independently, says what would falsify it, and carries a power control: the same measurement
-on a deliberately wrong version, which it must reject.
+on a deliberately wrong version, which it must reject. A module put into this folder is a statement: to add one,
+add its file (``proofs_checks.harness.check`` says what it has in it).
 """
-
-from importlib import import_module
-from types import ModuleType
-
-# In the order of the paper, then what goes beyond it.
-STATEMENTS = (
-    "closed_forms",
-    "proposition_1",
-    "lemma_1",
-    "remark_2",
-    "lemma_2",
-    "fokker_planck",
-    "proposition_2",
-    "feynman_kac",
-    "certificate",
-    "solvers",
-    "limits",
-    "members",
-)
-
-
-def statement(name: str) -> ModuleType:
-    """Import the module of one statement."""
-    return import_module(f"proofs_checks.{name}")

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from proofs_checks.chains import line_nodes, log_transition, member_means, normal_density
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import draw_line, uniform
+from proofs_checks.harness.chains import line_nodes, log_transition, member_means, normal_density
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import draw_line, uniform
 from sdeblend import Ancestral, BackwardSDE, VPLinear, solve, time_grid
 from toy.statements.fokker_planck import backward_density
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Axes, Figure
+    from proofs_checks.harness.figures import Axes, Figure
 
+PLACE = 90
 TITLE = "The certificate: how wrong a blend can be, from its own paths"
 WORDS = (
     "The weights that would correct a blend also say how much there is to correct. The logarithm of their mean less "
@@ -110,7 +111,7 @@ def check(settings: Settings) -> Outcome:
 
 def figure(outcome: Outcome) -> Figure:
     """True divergence against certificate, total variation against its bound, and path divergences."""
-    from proofs_checks import figures
+    from proofs_checks.harness import figures
 
     fig, (left, middle, right) = figures.panels(3)
     lines = [_Line(*row) for row in outcome.data["lines"]]

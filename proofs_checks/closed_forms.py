@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Outcome, Settings
-from proofs_checks.quadrature import (
+from proofs_checks.harness.check import Outcome, Settings
+from proofs_checks.harness.quadrature import (
     Differences,
     Lattice,
     RawProblem,
@@ -23,8 +23,9 @@ from sdeblend import NoiseSchedule
 from toy import GaussianMixture, QuadraticReward
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 10
 TITLE = "Closed forms on Gaussian mixtures"
 WORDS = (
     "A Gaussian mixture stays one when noise is added, when it is tilted by the exponential of a linear or "
@@ -178,8 +179,8 @@ def _illustration(settings: Settings) -> dict[str, object]:
 
 def figure(outcome: Outcome) -> Figure:
     """Draw one drawn problem with both sides on it, and the differences of all of them against the bound."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW, differences
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)

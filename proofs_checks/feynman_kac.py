@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import Drawn, draw_line, draw_space, uniform
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import Drawn, draw_line, draw_space, uniform
 from sdeblend import (
     Ancestral,
     BackwardSDE,
@@ -43,8 +43,9 @@ from toy.problems import ring8
 from toy.scores.stack import mixture_score
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 80
 TITLE = "Feynman-Kac: weights that make the blend exact"
 WORDS = (
     "The blend computes every member's score anyway. How far these scores disagree along a path gives that path a "
@@ -163,7 +164,7 @@ def check(settings: Settings) -> Outcome:
 
 def figure(outcome: Outcome) -> Figure:
     """Mode weights on the ring, their distances to the target run by run, and log E[W] against its closed form."""
-    from proofs_checks import figures
+    from proofs_checks.harness import figures
 
     fig, (modes, distances, normalizers) = figures.panels(3)
     alpha = max(outcome.data["modes"])

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import Drawn, draw_line
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import Drawn, draw_line
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, ScoreFunction, VPLinear, solve, time_grid
 from toy import GaussianMixture
 from toy.problems import Problem, line2
@@ -31,8 +31,9 @@ from toy.scores.stack import mixture_score
 from toy.statements.fokker_planck import Density, backward_density
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 60
 TITLE = "DB-MPA and DB-KLA end to end, against the Fokker-Planck equation"
 WORDS = (
     "Blending the scores gives a definite law, though not the wanted one. On the line that law is the solution of a "
@@ -155,7 +156,7 @@ def check(settings: Settings) -> Outcome:
 
 def figure(outcome: Outcome) -> Figure:
     """Samples on their law, the divergences of line2 over the KL weight, and DB-KLA over the strength."""
-    from proofs_checks import figures
+    from proofs_checks.harness import figures
 
     data = outcome.data
     fig, (left, middle, right) = figures.panels(3)

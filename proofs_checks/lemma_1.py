@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import uniform
-from proofs_checks.quadrature import (
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import uniform
+from proofs_checks.harness.quadrature import (
     Differences,
     Lattice,
     RawProblem,
@@ -26,8 +26,9 @@ from toy import control, jensen_gap
 from toy.statements.bounds import jensen_bounds
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 30
 TITLE = "Lemma 1: the Jensen gap, and three bounds that hold it"
 WORDS = (
     "Blending keeps the gradient of the mean reward where the exact control has the gradient of a "
@@ -231,8 +232,8 @@ def _rms(sizes: Tensor) -> float:
 
 def figure(outcome: Outcome) -> Figure:
     """Draw gap and bounds over time, and the share of states up to each looseness."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW
 
     data = outcome.data
     styles = {"B1": (figures.BLEND, "--"), "B2": (figures.OTHER, "-."), "B3": (figures.GOOD, ":")}

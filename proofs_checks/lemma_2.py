@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import uniform
-from proofs_checks.quadrature import (
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import uniform
+from proofs_checks.harness.quadrature import (
     Differences,
     Lattice,
     RawProblem,
@@ -24,8 +24,9 @@ from toy import GaussianMixture, QuadraticReward, blend_gap, combine, jensen_gap
 from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 50
 TITLE = "Lemma 2: the error of a blend, and what does not bound it"
 WORDS = (
     "The blend replaces the score of the wanted target by a weighted sum of the scores it has. What it misses is "
@@ -171,8 +172,8 @@ def _trap(base: GaussianMixture, sign: int, generator: torch.Generator) -> tuple
 
 def figure(outcome: Outcome) -> Figure:
     """Draw blend error and mean reward's gap over time, and all differences against the bound."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW, differences
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import uniform
-from proofs_checks.quadrature import Differences, draw_points, draw_problem, draw_time, schedules, worst
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import uniform
+from proofs_checks.harness.quadrature import Differences, draw_points, draw_problem, draw_time, schedules, worst
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, VPLinear, solve, time_grid
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, control, jensen_gap
 from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 110
 TITLE = "Limits: where blending is exact"
 WORDS = (
     "One Gaussian with linear rewards leaves no Jensen gap: a tilt only moves it, so any preference and any "
@@ -196,8 +197,8 @@ def _over_strength(settings: Settings) -> dict[str, Any]:
 
 def figure(outcome: Outcome) -> Figure:
     """Draw the error of the blend over strength, and one Gaussian's blend end to end."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW
 
     data, run = outcome.data, outcome.data["run"]
     picture, (left, right) = figures.panels(2)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import draw_line
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import draw_line
 from sdeblend import BackwardSDE, VPLinear, solve, time_grid
 from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegression
 from sdeblend.reward import WeightedReward
@@ -23,8 +23,9 @@ from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, reward_of
 from toy.statements.recovery import recovered
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 120
 TITLE = "Members: a tuned network is the tilt at the KL weight that was asked for"
 WORDS = (
     "Weights and strength mean something exact only if each member is the pre-trained law times exp(reward / alpha) "
@@ -146,8 +147,8 @@ def _sample(model: MixtureTunable, *, base: bool) -> torch.Tensor:
 
 def figure(outcome: Outcome) -> Figure:
     """Draw what one member samples beside base and tilt, and its control beside the exact one."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Outcome, Settings
-from proofs_checks.draw import uniform
-from proofs_checks.quadrature import (
+from proofs_checks.harness.check import Outcome, Settings
+from proofs_checks.harness.draw import uniform
+from proofs_checks.harness.quadrature import (
     Differences,
     Lattice,
     RawProblem,
@@ -24,8 +24,9 @@ from sdeblend import NoiseSchedule
 from toy import control
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 20
 TITLE = "Proposition 1: alignment is a tilt, and adds a control to the score"
 WORDS = (
     "Maximising the mean reward minus alpha times the KL divergence from the pre-trained law has one solution: "
@@ -140,8 +141,8 @@ def _illustration(settings: Settings) -> dict[str, object]:
 
 def figure(outcome: Outcome) -> Figure:
     """Draw the control at three times both ways, and all differences against the bound."""
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW, differences
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)

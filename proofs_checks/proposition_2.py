@@ -2,9 +2,9 @@
 
 Three sides. (1) One step from one point: over the draw of the member, the mean is the blend's and the covariance
 has the extra term h^2 g^4 Var_w(S_i); checked to rounding. (2) On the line the law of every chain is computed by
-quadrature (``proofs_checks.chains``): of the blend, of independent draws (the average of the members' transitions),
-of systematic ones (the average over the random start) and of a draw shared by the batch (one sequence, one law). No
-samples, so the rate is a property of the method alone. (3) In the plane, samples of all on the same noise.
+quadrature (``proofs_checks.harness.chains``): of the blend, of independent draws (the average of the members'
+transitions), of systematic ones (the average over the random start) and of a draw shared by the batch (one sequence,
+one law). No samples, so the rate is a property of the method alone. (3) In the plane, samples of all on the same noise.
 
 Source: Diffusion Blend 2505.18547, Proposition 2 and Algorithm 3.
 """
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.chains import line_nodes, member_means, normal_density, transition
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import Drawn, draw_line, draw_space, uniform
+from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import Drawn, draw_line, draw_space, uniform
 from sdeblend import (
     BackwardSDE,
     Blend,
@@ -39,8 +39,9 @@ from toy.problems import ring8
 from toy.scores.stack import MixtureStack
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 70
 TITLE = "Proposition 2: one member a step (DB-MPA-LS)"
 WORDS = (
     "Let every step be served by one member only, drawn with its weight. As the steps get shorter the samples get the "
@@ -142,7 +143,7 @@ def check(settings: Settings) -> Outcome:
 
 def figure(outcome: Outcome) -> Figure:
     """Distances on the line against the number of steps, and covariance errors on the ring."""
-    from proofs_checks import figures
+    from proofs_checks.harness import figures
 
     table, steps, ring = outcome.data["tables"][0], outcome.data["steps"], outcome.data["ring"]
     fig, (left, right) = figures.panels(2)

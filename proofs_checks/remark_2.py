@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import uniform
-from proofs_checks.quadrature import Lattice, Numbers, RawProblem, draw_points, draw_problem
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import uniform
+from proofs_checks.harness.quadrature import Lattice, Numbers, RawProblem, draw_points, draw_problem
 from sdeblend import VPLinear
 from toy import control, jensen_gap
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 40
 TITLE = "Remark 2: how the Jensen gap grows as the KL weight falls"
 WORDS = (
     "The gap between the exact control and the one that blending keeps is of second order in 1/alpha while the "
@@ -141,8 +142,8 @@ def figure(outcome: Outcome) -> Figure:
     """Draw gap and control over the KL weight, and the local slope of the gap."""
     import numpy as np
 
-    from proofs_checks import figures
-    from proofs_checks.figures_page import BELOW
+    from proofs_checks.harness import figures
+    from proofs_checks.harness.figures_page import BELOW
 
     data = outcome.data
     alpha = data["alpha"]

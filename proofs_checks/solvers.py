@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.draw import draw_line, draw_space
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.draw import draw_line, draw_space
 from sdeblend import (
     STEPS,
     BackwardSDE,
@@ -39,8 +39,9 @@ from toy import GaussianMixture
 from toy.scores.stack import mixture_score
 
 if TYPE_CHECKING:
-    from proofs_checks.figures import Figure
+    from proofs_checks.harness.figures import Figure
 
+PLACE = 100
 TITLE = "The coupling of solvers: our steps and torchsde's"
 WORDS = (
     "Two solvers that share no code and are given the same equation must give the same law; on the same Brownian path "
@@ -110,7 +111,7 @@ def check(settings: Settings) -> Outcome:
 
 def figure(outcome: Outcome) -> Figure:
     """Distance to SRK on one path, moments on independent noise, and each step's own error."""
-    from proofs_checks import figures
+    from proofs_checks.harness import figures
 
     data = outcome.data
     fig, (left, middle, right) = figures.panels(3)

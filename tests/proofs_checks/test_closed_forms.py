@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from proofs_checks import closed_forms, lemma_1, lemma_2, limits, proposition_1, quadrature, remark_2, statement
-from proofs_checks.check import Outcome, Settings
+from proofs_checks import closed_forms, lemma_1, lemma_2, limits, proposition_1, remark_2
+from proofs_checks.harness import quadrature
+from proofs_checks.harness.check import Outcome, Settings
+from proofs_checks.harness.statements import statement
 from sdeblend import Blend, VPLinear
 from toy import GaussianMixture, control
 from toy.statements.bounds import JensenBounds, jensen_bounds

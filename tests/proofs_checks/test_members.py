@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proofs_checks import members
-from proofs_checks.check import Settings
+from proofs_checks.harness.check import Settings
 
 
 @pytest.mark.slow

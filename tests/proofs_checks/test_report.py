@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 import pytest
 
 from proofs_checks import closed_forms
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.report import render
-from proofs_checks.runner import as_json
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.report import render
+from proofs_checks.harness.runner import as_json
 
 SETTINGS = Settings(seed=3, fast=True)
 VOID = {"meta", "img", "br"}

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proofs_checks import certificate, feynman_kac, fokker_planck, proposition_2, solvers, statement
-from proofs_checks.chains import line_nodes, member_means, normal_density, transition
-from proofs_checks.check import Settings
-from proofs_checks.draw import draw_line, draw_space
+from proofs_checks import certificate, feynman_kac, fokker_planck, proposition_2, solvers
+from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
+from proofs_checks.harness.check import Settings
+from proofs_checks.harness.draw import draw_line, draw_space
+from proofs_checks.harness.statements import statement
 from sdeblend import Evaluation, VPLinear, time_grid
 from sdeblend.correct import Weights
 from sdeblend.steps import Ancestral, EulerMaruyama, StepCoefficients

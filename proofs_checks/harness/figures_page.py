@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import MathTextParser
 
-from proofs_checks.figures import BLEND, BROKEN, OTHER, label
+from proofs_checks.harness.figures import BLEND, BROKEN, OTHER, label
 
 # A figure with more drawing in it than this is smaller as pixels.
 LARGEST_VECTOR_IMAGE = 150_000

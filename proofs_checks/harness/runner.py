@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
-from proofs_checks import STATEMENTS, statement
-from proofs_checks.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.statements import statement, statements
 
 
 def run_check(name: str, settings: Settings) -> Outcome:
@@ -30,7 +30,7 @@ def run_check(name: str, settings: Settings) -> Outcome:
 
 
 def run_checks(
-    settings: Settings, names: Sequence[str] = STATEMENTS, workers: int | None = None
+    settings: Settings, names: Sequence[str], workers: int | None = None
 ) -> Iterator[tuple[str, Outcome]]:
     """Yield (name, outcome) of each check as it ends.
 
@@ -75,7 +75,7 @@ def measurement_line(m: Measurement) -> str:
 def table(outcomes: dict[str, Outcome]) -> str:
     """Return the table of a run: statement, what was measured, bound, margin, control and verdict."""
     lines = []
-    for name in [n for n in STATEMENTS if n in outcomes]:
+    for name in [n for n in statements() if n in outcomes]:
         outcome = outcomes[name]
         lines.append(f"{statement(name).TITLE}  ({outcome.seconds:.1f} s)")
         lines += [measurement_line(m) for m in outcome.measurements]

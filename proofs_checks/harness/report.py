@@ -11,13 +11,13 @@ import math
 import platform
 from collections.abc import Sequence
 from importlib import metadata
-from types import ModuleType
+from pathlib import Path
 
-from proofs_checks import STATEMENTS, statement
-from proofs_checks.check import Measurement, Outcome, Settings
-from proofs_checks.report_style import STYLE
-from proofs_checks.runner import number
+from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.runner import number
+from proofs_checks.harness.statements import Statement, statements
 
+STYLE = Path(__file__).with_name("report.css")
 LIBRARIES = ("sdeblend", "torch", "numpy", "scipy", "matplotlib")
 HEADINGS = ("measured", "value", "bound", "margin", "control, broken on purpose", "verdict")
 SUMMARY_HEADINGS = ("statement", "tightest measurement", *HEADINGS[1:])
@@ -44,10 +44,10 @@ def render(outcomes: dict[str, Outcome], settings: Settings) -> str:
     Raises:
         ValueError: an outcome of an unknown statement.
     """
-    unknown = [name for name in outcomes if name not in STATEMENTS]
+    unknown = [name for name in outcomes if name not in statements()]
     if unknown:
-        raise ValueError(f"a report has the statements {', '.join(STATEMENTS)}, got {', '.join(unknown)}")
-    chosen = {name: (statement(name), outcomes[name]) for name in STATEMENTS if name in outcomes}
+        raise ValueError(f"a report has the statements {', '.join(statements())}, got {', '.join(unknown)}")
+    chosen = {name: (module, outcomes[name]) for name, module in statements().items() if name in outcomes}
     articles = "\n".join(_article(name, module, outcome) for name, (module, outcome) in chosen.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -55,7 +55,7 @@ def render(outcomes: dict[str, Outcome], settings: Settings) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Diffusion Blend, statement by statement</title>
-<style>{STYLE}</style>
+<style>{STYLE.read_text(encoding='utf-8')}</style>
 </head>
 <body>
 <header>
@@ -128,7 +128,7 @@ def _version(library: str) -> str:
         return "(not installed)"
 
 
-def _summary(chosen: dict[str, tuple[ModuleType, Outcome]]) -> str:
+def _summary(chosen: dict[str, tuple[Statement, Outcome]]) -> str:
     rows = []
     for name, (module, outcome) in chosen.items():
         title = f'<a href="#{name}">{html.escape(module.TITLE)}</a>'
@@ -173,7 +173,7 @@ def _number(value: float) -> str:
     return power if mantissa == "1" else f"{mantissa.replace('-', '−')}&nbsp;×&nbsp;{power}"
 
 
-def _article(name: str, module: ModuleType, outcome: Outcome) -> str:
+def _article(name: str, module: Statement, outcome: Outcome) -> str:
     parts = [
         f'<article id="{name}">',
         f"<h2>{html.escape(module.TITLE)}</h2>",
@@ -189,7 +189,7 @@ def _article(name: str, module: ModuleType, outcome: Outcome) -> str:
     if outcome.findings:
         items = "".join(f"<li>{_finding(finding)}</li>" for finding in outcome.findings)
         parts.append(f"<h3>Findings</h3><ul>{items}</ul>")
-    if record := module.recorded() if hasattr(module, "recorded") else None:
+    if record := getattr(module, "recorded", lambda: None)():
         words, headings, rows = record
         cells = [[html.escape(cell) for cell in row] for row in rows]
         parts.append(f"<h3>On record</h3><p>{html.escape(words)}</p>{_table(list(map(html.escape, headings)), cells)}")
@@ -202,7 +202,7 @@ def _finding(text: str) -> str:
 
 
 def _formula(text: str) -> str:
-    from proofs_checks.figures_page import formula
+    from proofs_checks.harness.figures_page import formula
 
     images = []
     for line in text.strip().splitlines():
@@ -211,8 +211,8 @@ def _formula(text: str) -> str:
     return f'<div class="formula">{"".join(images)}</div>'
 
 
-def _figure(module: ModuleType, outcome: Outcome) -> str:
-    from proofs_checks.figures_page import image
+def _figure(module: Statement, outcome: Outcome) -> str:
+    from proofs_checks.harness.figures_page import image
 
     if not outcome.measurements:
         return ""

@@ -1,13 +1,4 @@
-"""What a check is: a measured number, the bound it must meet, and a control that must not meet it.
-
-Each statement's module has
-
-    TITLE, WORDS, FORMULA, FALSIFIED_BY      strings; FORMULA in mathtext, one line or several
-    check(settings) -> Outcome               computes both sides, picklable numbers only
-    figure(outcome) -> matplotlib Figure     from the outcome's data alone
-
-so that checks run in processes of their own and figures are drawn where they are shown.
-"""
+"""What a check is: a measured number, the bound it must meet, and a control that must not meet it."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proofs_checks.check import Measurement
-from proofs_checks.draw import uniform
+from proofs_checks.harness.check import Measurement
+from proofs_checks.harness.draw import uniform
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from toy import GaussianMixture, QuadraticReward
 
