@@ -64,7 +64,7 @@ class Module:
 
     @property
     def draws_figures(self) -> bool:
-        return self.path.name.startswith(("plotting", "figures"))
+        return any(part.startswith(("plotting", "figures")) for part in self.path.parts)
 
     def imports(self) -> Iterator[Import]:
         """Yield every import, those inside functions and by ``importlib.import_module`` among them."""
