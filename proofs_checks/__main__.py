@@ -2,6 +2,6 @@
 
 import sys
 
-from sdeblend.cli import main
+from sdeblend.shell.cli import main
 
 sys.exit(main(["verify", *sys.argv[1:]]))

@@ -1,12 +1,8 @@
-"""``accelerate launch -m sdeblend.evaluate CONFIG.toml``: the command, in every process."""
+"""``accelerate launch -m sdeblend.evaluate CONFIG.toml``: the command ``sdeblend evaluate``, in every process."""
 
 import sys
 
-from sdeblend.cli import sentence
-from sdeblend.evaluate.command import main
+from sdeblend.shell.cli import main
 
-try:
-    sys.exit(main(sys.argv[1:]))
-except (ValueError, TypeError, OSError, FloatingPointError) as error:
-    print(f"sdeblend.evaluate: {sentence(error)}", file=sys.stderr)
-    sys.exit(2)
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 import sys
 
-from sdeblend.cli import main
+from sdeblend.shell.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["finetune", *sys.argv[1:]]))

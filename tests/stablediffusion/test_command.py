@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdeblend import cli
+from sdeblend.shell import cli
 from stablediffusion.generate.command import main, sweep_points
 from stablediffusion.generate.run import Run
 from stablediffusion.testing import tiny_lora, tiny_pipeline

@@ -324,4 +324,4 @@ def test_accelerates_entry_tells_what_the_command_tells(monkeypatch, capsys):
     monkeypatch.setattr("sdeblend.evaluate.command.main", diverges)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("sdeblend.evaluate", run_name="__main__")
-    assert ended.value.code == 2 and capsys.readouterr().err == "sdeblend.evaluate: the state must stay finite\n"
+    assert ended.value.code == 2 and capsys.readouterr().err == "sdeblend evaluate: the state must stay finite\n"

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdeblend.cli import main as cli
 from sdeblend.evaluate.command import main
 from sdeblend.evaluate.compare import main as compare
 from sdeblend.evaluate.config import load_plan
@@ -22,6 +21,7 @@ from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate, manifest
 from sdeblend.evaluate.summary import load, summarise
 from sdeblend.evaluate.tables import markdown
+from sdeblend.shell.cli import main as cli
 from stablediffusion.rewards import REWARDS, ImageReward
 from tests.support.strategies import refuses
 

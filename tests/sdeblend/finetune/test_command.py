@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sdeblend import cli
 from sdeblend.finetune import config
 from sdeblend.finetune.config import GROUP, load_plan, trainer_of
 from sdeblend.finetune.run import undisturbed
 from sdeblend.finetune.trainer import Settings, Trainer
+from sdeblend.shell import cli
 from tests.support.strategies import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +179,7 @@ def test_refuses_a_trainer_that_does_not_exist() -> None:
 @pytest.mark.slow
 def test_an_interrupt_is_told_and_resumed(tmp_path: Path) -> None:
     script = (
-        "import signal, sys, torch; from importlib.metadata import EntryPoint; from sdeblend import cli; "
+        "import signal, sys, torch; from importlib.metadata import EntryPoint; from sdeblend.shell import cli; "
         # A shell starts what it runs in the background with interrupts ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from sdeblend.finetune import config; torch.set_num_threads(1); "

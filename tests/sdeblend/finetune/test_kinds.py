@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdeblend import cli
 from sdeblend.finetune.config import TRAINERS, defaults_of, load_plan
 from sdeblend.finetune.run import MEMBER, METRICS
+from sdeblend.shell import cli
 from stablediffusion import load_members, read_lora
 from stablediffusion.small import load_small
 

@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdeblend.cli import sentence
 from sdeblend.finetune import checkpoint
 from sdeblend.finetune.config import TRAINERS
 from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, averaged, train
 from sdeblend.finetune.trainers.ddpo import DDPO, DDPOSettings
 from sdeblend.finetune.trainers.dpok import DPOK, DPOKSettings
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.cli import sentence
 from tests.support.finetune_models import Line, quadratic
 from tests.support.finetune_process import make
 from tests.support.strategies import refuses

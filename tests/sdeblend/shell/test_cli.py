@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 
-from sdeblend import cli
+from sdeblend.shell import cli
+from sdeblend.shell.registry import COMMANDS
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
         # Importing the parent package is noticed: only running the command may do that.
         (package / "__init__.py").write_text("import sys\nsys.offered_imported = True\n")
         (package / "command.py").write_text(source)
-        entry = EntryPoint("try", "offered.command:main", cli.GROUP)
+        entry = EntryPoint("try", "offered.command:main", COMMANDS)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setattr(cli, "commands", lambda: {"try": entry})
         monkeypatch.delattr(sys, "offered_imported", raising=False)
@@ -38,7 +40,7 @@ def raising(statement: str) -> str:
 
 
 def test_commands_of_this_project_are_installed() -> None:
-    names = {entry.name for entry in entry_points(group=cli.GROUP)}
+    names = {entry.name for entry in entry_points(group=COMMANDS)}
     assert {"toy", "verify", "generate"} <= names
     assert list(cli.commands()) == sorted(names)
 
@@ -55,7 +57,7 @@ def test_help_lists_summaries_without_importing(
 
 def test_help_of_this_project_imports_no_command() -> None:
     heavy = {"matplotlib", "diffusers", "scipy", "toy", "stablediffusion", "proofs_checks"}
-    program = f"import sys; from sdeblend.cli import main; main(['--help']); print({heavy!r} & set(sys.modules))"
+    program = f"import sys; from sdeblend.shell.cli import main; main(['--help']); print({heavy!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
 
@@ -77,6 +79,36 @@ def test_unknown_command_names_the_known(capsys: pytest.CaptureFixture[str]) -> 
     error = capsys.readouterr().err
     assert error.startswith("sdeblend: no command 'tyo'; the commands are ")
     assert "toy" in error
+
+
+WARNS = """import warnings
+def main(argv):
+    warnings.warn('weights sum\\n to 1.8', {category}, stacklevel=1)
+    return 0
+"""
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("category", "plain"), [("UserWarning", False), ("RuntimeWarning", True)])
+def test_warnings_of_our_packages_are_one_line(
+    offer: Callable[..., None], capsys: pytest.CaptureFixture[str], category: str, plain: bool
+) -> None:
+    offer(WARNS.format(category=category))
+    assert cli.main(["try"]) == 0
+    error = capsys.readouterr().err
+    assert (error == "sdeblend try: warning: weights sum to 1.8\n") is not plain
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_others_stay_as_they_are(
+    offer: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "theirs.py").write_text(WARNS.format(category="UserWarning"))
+    offer("from theirs import main\n")
+    shown = warnings.showwarning
+    assert cli.main(["try"]) == 0
+    assert "warning: " not in capsys.readouterr().err
+    assert warnings.showwarning is shown
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
@@ -122,8 +154,8 @@ def test_errors_of_ours_keep_their_traceback(offer: Callable[..., None]) -> None
 def test_a_reader_that_goes_away_leaves_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(raising("while True: print('line')"))
     program = (
-        "import sys; from importlib.metadata import EntryPoint; from sdeblend import cli\n"
-        "cli.commands = lambda: {'try': EntryPoint('try', 'endless:main', cli.GROUP)}\n"
+        "import sys; from importlib.metadata import EntryPoint; from sdeblend.shell import cli\n"
+        "cli.commands = lambda: {'try': EntryPoint('try', 'endless:main', 'sdeblend.commands')}\n"
         "sys.exit(cli.main(['try']))"
     )
     command = [sys.executable, "-c", program]

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdeblend.baselines.drawn import Drawn
-from sdeblend.cli import main as cli
 from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.config import CONFIGS, load_plan
 from sdeblend.evaluate.draws import Draws
@@ -22,6 +21,7 @@ from sdeblend.evaluate.plotting_sheets import sheets
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
 from sdeblend.evaluate.summary import load
+from sdeblend.shell.cli import main as cli
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.latents import SoupScore, pipeline_score
 from stablediffusion.evaluate import backend as backend_module

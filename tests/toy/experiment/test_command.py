@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import toy.plotting
-from sdeblend import cli
+from sdeblend.shell import cli
 from toy.experiment.problem_file import load_problem
 from toy.problems import ring8
 
