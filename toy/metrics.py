@@ -4,17 +4,16 @@ Samples x_1..x_n may carry log weights; with w = softmax(log weights), the self-
 
     mean = sum_i w_i f(x_i),        se^2 = sum_i w_i^2 (f(x_i) - mean)^2,
 
-which without weights is the usual sd / sqrt(n). Errors take samples as independent; after resampling they are not,
-and the errors are then too small.
+which without weights is the usual sd / sqrt(n). After resampling samples are not independent, but families of one start
+are: with these given, se^2 = sum over families of (sum in the family of w_i (f(x_i) - mean))^2.
 
 * Mode weights: mean responsibility of each component under the target. For samples of the target itself its
   expectation is the component's weight exactly, however much the components overlap.
 * Sliced W2: root mean square over random directions of the one-dimensional Wasserstein-2 distance (exact for d = 1).
-* Energy distance: 2 E|X - Y| - E|X - X'| - E|Y - Y'|, zero if and only if the laws agree.
 
 A distance between samples is never zero; compare it with the floor, what exact samples of the same size give.
 
-Source: Bonneel et al. 2015 (sliced Wasserstein); Szekely and Rizzo 2013 (energy distance).
+Source: Bonneel et al. 2015 (sliced Wasserstein); Lee and Whiteley 2018 (families).
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from torch import Tensor
 from toy.mixtures.mixture import GaussianMixture
 
 PROJECTIONS = 64
-_ROWS = 1024
 
 
 class Estimate(NamedTuple):
@@ -46,54 +44,76 @@ class Moments(NamedTuple):
     covariance: Estimate
 
 
-def moments(samples: Tensor, *, log_weights: Tensor | None = None) -> Moments:
+def moments(samples: Tensor, *, log_weights: Tensor | None = None, families: Tensor | None = None) -> Moments:
     """Return mean and covariance with standard errors.
 
     Args:
         samples: (n, d), n >= 2.
         log_weights: (n,), up to a constant; equal weights if left out.
+        families: which start each sample descends from, long (n,); each from its own if left out.
 
     Raises:
         ValueError: samples or weights of another shape, not finite, or with all the weight on one sample.
     """
     x, w = _samples(samples), _weights(log_weights, samples)
-    mean = _mean(x, w)
+    mean = _mean(x, w, families)
     centred = x - mean.value
     spare = 1 - float(w.square().sum())
     if spare <= 1e-12:
         raise ValueError("a covariance needs weight on at least two samples, got all of it on one; draw more")
-    # As _mean of the products c_i c_j, by matrix products: (n, d, d) would not fit in many dimensions.
+    if families is not None:  # one row at a time: (n, d, d) would not fit in many dimensions
+        rows = [_mean(centred * centred[:, i : i + 1], w, families) for i in range(x.shape[1])]
+        return Moments(mean, Estimate(*(torch.stack(part) / spare for part in zip(*rows, strict=True))))
+    # As _mean of the products c_i c_j, by matrix products.
     raw, heavy, squares = centred.T @ (w[:, None] * centred), w.square()[:, None], centred.square()
     variance = squares.T @ (heavy * squares) - 2 * raw * (centred.T @ (heavy * centred)) + raw.square() * heavy.sum()
     error = (variance.clamp_min(0) * (len(w) / (len(w) - 1))).sqrt()
     return Moments(mean, Estimate(raw / spare, error / spare))
 
 
-def mean_reward(samples: Tensor, reward: Callable[[Tensor], Tensor], *, log_weights: Tensor | None = None) -> Estimate:
+def mean_reward(
+    samples: Tensor,
+    reward: Callable[[Tensor], Tensor],
+    *,
+    log_weights: Tensor | None = None,
+    families: Tensor | None = None,
+) -> Estimate:
     """Return the mean of a reward, with its standard error.
 
     Args:
         samples: (n, d).
         reward: (n, d) -> (n,), a ``QuadraticReward`` or any function.
-        log_weights: (n,) or none.
+        log_weights, families: as for ``moments``.
     """
     x, w = _samples(samples), _weights(log_weights, samples)
-    return _mean(reward(x).to(torch.float64), w)
+    return _mean(reward(x).to(torch.float64), w, families)
 
 
-def mode_weights(samples: Tensor, mixture: GaussianMixture, *, log_weights: Tensor | None = None) -> Estimate:
+def mode_weights(
+    samples: Tensor,
+    mixture: GaussianMixture,
+    *,
+    log_weights: Tensor | None = None,
+    families: Tensor | None = None,
+) -> Estimate:
     """Return the share of the samples in each component of ``mixture``, (K,), by mean responsibility.
 
     Args:
         samples: (n, d).
         mixture: whose components count as modes, usually the exact target.
-        log_weights: (n,) or none.
+        log_weights, families: as for ``moments``.
     """
     x, w = _samples(samples, mixture.dim), _weights(log_weights, samples)
-    return _mean(mixture.responsibilities(x), w)
+    return _mean(mixture.responsibilities(x), w, families)
 
 
-def mode_weight_tv(samples: Tensor, mixture: GaussianMixture, *, log_weights: Tensor | None = None) -> Estimate:
+def mode_weight_tv(
+    samples: Tensor,
+    mixture: GaussianMixture,
+    *,
+    log_weights: Tensor | None = None,
+    families: Tensor | None = None,
+) -> Estimate:
     """Return the total variation sum_k |share_k - weight_k| / 2 of the mode weights.
 
     The standard error is the delta method's; near the floor, where the signs of the differences are noise, compare
@@ -102,7 +122,7 @@ def mode_weight_tv(samples: Tensor, mixture: GaussianMixture, *, log_weights: Te
     Args:
         samples: (n, d).
         mixture: the exact target.
-        log_weights: (n,) or none.
+        log_weights, families: as for ``moments``.
 
     Returns:
         0-dim estimate, in [0, 1].
@@ -110,7 +130,7 @@ def mode_weight_tv(samples: Tensor, mixture: GaussianMixture, *, log_weights: Te
     x, w = _samples(samples, mixture.dim), _weights(log_weights, samples)
     shares = mixture.responsibilities(x)
     excess = w @ shares - mixture.weights
-    return Estimate(excess.abs().sum() / 2, _mean(shares @ excess.sign() / 2, w).se)
+    return Estimate(excess.abs().sum() / 2, _mean(shares @ excess.sign() / 2, w, families).se)
 
 
 def mode_weight_tv_floor(
@@ -189,40 +209,6 @@ def sliced_w2_floor(
     return _repeated([torch.tensor(draw, dtype=torch.float64) for draw in draws])
 
 
-def energy_distance(
-    first: Tensor,
-    second: Tensor,
-    *,
-    log_weights: Tensor | None = None,
-    second_log_weights: Tensor | None = None,
-) -> float:
-    """Return the energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sample sets, at least 0.
-
-    Its cost is n m distances, except in one dimension; a few thousand samples are enough.
-
-    Args:
-        first: (n, d).
-        second: (m, d).
-        log_weights: of ``first``, (n,) or none.
-        second_log_weights: of ``second``, (m,) or none.
-    """
-    a, b = _samples(first), _samples(second)
-    _same_dim(a, b)
-    wa, wb = _weights(log_weights, a), _weights(second_log_weights, b)
-    if a.shape[1] == 1:
-        # In one dimension it is twice the integral of (F - G)^2.
-        places, order = torch.cat([a, b]).flatten().sort()
-        difference = torch.cat([wa, -wb])[order].cumsum(0)[:-1]
-        return float(2 * (difference.square() * places.diff()).sum())
-    cross = _mean_distance(a, wa, b, wb)
-    return max(2 * cross - _mean_distance(a, wa, a, wa) - _mean_distance(b, wb, b, wb), 0.0)
-
-
-def _mean_distance(a: Tensor, wa: Tensor, b: Tensor, wb: Tensor) -> float:
-    pairs = zip(a.split(_ROWS), wa.split(_ROWS), strict=True)
-    return sum(float(weights @ (torch.cdist(rows, b) @ wb)) for rows, weights in pairs)
-
-
 def _w2_squared(a: Tensor, wa: Tensor | None, b: Tensor, wb: Tensor | None) -> Tensor:
     """Return the squared one-dimensional W2 of each row of a (P, n) and b (P, m), (P,)."""
     (a, order_a), (b, order_b) = a.sort(-1), b.sort(-1)
@@ -247,9 +233,12 @@ def _levels(weights: Tensor | None, values: Tensor, order: Tensor) -> Tensor:
     return levels / levels[:, -1:]
 
 
-def _mean(values: Tensor, weights: Tensor) -> Estimate:
+def _mean(values: Tensor, weights: Tensor, families: Tensor | None = None) -> Estimate:
     """Return the weighted mean over the first axis, with its standard error."""
     mean = torch.tensordot(weights, values, dims=([0], [0]))
+    if families is not None:
+        pulls = (weights * (values - mean).movedim(0, -1)).movedim(-1, 0)
+        return Estimate(mean, torch.zeros_like(pulls).index_add_(0, families, pulls).square().sum(0).sqrt())
     variance = torch.tensordot(weights.square(), (values - mean).square(), dims=([0], [0]))
     # Of n equal weights, n - 1 are left once the mean is taken.
     count = len(weights)

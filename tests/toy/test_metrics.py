@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.support.strategies import close, generator, mixtures, refuses, seeds
 from toy import GaussianMixture, QuadraticReward
 from toy.metrics import (
-    energy_distance,
     mean_reward,
     mode_weight_tv,
     mode_weight_tv_floor,
@@ -124,11 +123,14 @@ def test_w2_on_a_line_by_brute_force(n, m, seed):
 def test_distances_are_symmetric_and_see_no_order(law, seed):
     a, b = law.sample(20, generator=generator(seed)), law.sample(30, generator=generator(seed + 1))
     order = torch.randperm(20, generator=generator(seed))
-    for distance in (lambda x, y: sliced_w2(x, y, generator=generator(0), projections=4), energy_distance):
-        assert math.isclose(distance(a, b), distance(b, a), rel_tol=1e-9, abs_tol=1e-12)
-        assert math.isclose(distance(a[order], b), distance(a, b), rel_tol=1e-9, abs_tol=1e-12)
-        assert distance(a, a) < 1e-7 < distance(a, a + 1)
-        assert distance(a + 5, b + 5) == pytest.approx(distance(a, b), rel=1e-6, abs=1e-9)
+
+    def distance(x, y):
+        return sliced_w2(x, y, generator=generator(0), projections=4)
+
+    assert math.isclose(distance(a, b), distance(b, a), rel_tol=1e-9, abs_tol=1e-12)
+    assert math.isclose(distance(a[order], b), distance(a, b), rel_tol=1e-9, abs_tol=1e-12)
+    assert distance(a, a) < 1e-7 < distance(a, a + 1)
+    assert distance(a + 5, b + 5) == pytest.approx(distance(a, b), rel=1e-6, abs=1e-9)
 
 
 def test_sliced_w2_floor_and_a_law_that_is_off():
@@ -142,23 +144,26 @@ def test_sliced_w2_floor_and_a_law_that_is_off():
     assert sliced_w2_floor(TARGET, 500, generator=generator(0), reference=5000).value > 0
 
 
-@pytest.mark.parametrize("dim", [1, 2])
-def test_energy_distance_by_brute_force(dim):
-    a, b = normal(40, dim, 0), normal(25, dim, 1) + 0.5
-    wa, wb = torch.randn(40, generator=generator(2)).double(), torch.randn(25, generator=generator(3)).double()
-
-    def mean(x, v, y, w):
-        return float((v[:, None] * w * (x[:, None] - y).norm(dim=-1)).sum())
-
-    va, vb = wa.softmax(0), wb.softmax(0)
-    expected = 2 * mean(a, va, b, vb) - mean(a, va, a, va) - mean(b, vb, b, vb)
-    assert math.isclose(energy_distance(a, b, log_weights=wa, second_log_weights=wb), expected, rel_tol=1e-9)
-
-
-def test_rows_are_taken_in_pieces():
-    a, b = normal(1500, 2, 0), normal(1100, 2, 1) + 1
-    halves = torch.cat([a, b]), torch.cat([torch.full((1500,), 0.0), torch.full((1100,), -math.inf)]).double()
-    assert math.isclose(energy_distance(halves[0], b, log_weights=halves[1]), energy_distance(a, b), rel_tol=1e-9)
+def test_families_are_as_much_as_the_starts_that_they_descend_from():
+    x, again = TARGET.sample(200, generator=generator(0)), torch.arange(200).repeat_interleave(3)
+    found = {
+        "alone": (x, {}),
+        "families": (x[again], {"families": again}),
+        "naive": (x[again], {}),
+    }
+    errors = {
+        name: torch.cat(
+            [
+                *(part.se.flatten() for part in moments(samples, **own)),
+                mode_weights(samples, TARGET, **own).se,
+                mode_weight_tv(samples, TARGET, **own).se[None],
+                mean_reward(samples, QuadraticReward([1.0, 2.0]), **own).se[None],
+            ]
+        )
+        for name, (samples, own) in found.items()
+    }
+    torch.testing.assert_close(errors["families"], errors["alone"] * math.sqrt(199 / 200), rtol=0.01, atol=0)
+    torch.testing.assert_close(errors["naive"], errors["alone"] / math.sqrt(3), rtol=0.01, atol=0)
 
 
 def test_moments_of_few_samples():
@@ -190,7 +195,6 @@ MOMENTS: Any = moments
         (lambda: mode_weight_tv(torch.zeros(3, 3), TARGET), ["(n, 2)", "(3, 3)"]),
         (lambda: sliced_w2(X, torch.zeros(3, 1), generator=generator(0)), ["2 and 1"]),
         (lambda: sliced_w2(X, X, generator=generator(0), projections=0), ["at least 1", "0"]),
-        (lambda: energy_distance(X, torch.zeros(3, 1)), ["2 and 1"]),
         (lambda: sliced_w2_floor(TARGET, 10, generator=generator(0), repeats=1), ["at least 2", "1"]),
         (lambda: mode_weight_tv_floor(TARGET, 10, generator=generator(0), repeats=0), ["at least 2", "0"]),
     ],

@@ -178,56 +178,23 @@ def _measured(
 ) -> dict[str, Any]:
     """Return what the samples of a method say, with standard errors."""
     x, log_w = sampled.points.double(), sampled.log_weights
-    shares = metrics.mode_weights(x, target, log_weights=log_w)
-    mean, covariance = metrics.moments(x, log_weights=log_w)
-    rewards = {name: metrics.mean_reward(x, reward, log_weights=log_w) for name, reward in problem.rewards.items()}
-    tv = metrics.mode_weight_tv(x, target, log_weights=log_w)
-    errors = {"shares": shares.se, "mean": mean.se, "covariance": covariance.se, "tv": tv.se}
-    errors |= {f"reward {name}": estimate.se for name, estimate in rewards.items()}
-    if sampled.families is not None:
-        errors = _family_errors(sampled, problem, target)
+    own = {"log_weights": log_w, "families": sampled.families}
+    shares, tv = metrics.mode_weights(x, target, **own), metrics.mode_weight_tv(x, target, **own)
+    mean, covariance = metrics.moments(x, **own)
+    rewards = {name: metrics.mean_reward(x, reward, **own) for name, reward in problem.rewards.items()}
     distance = metrics.sliced_w2(x, exact, log_weights=log_w, generator=_generator(seed, _DIRECTIONS))
     return {
         "component_weights": shares.value.tolist(),
-        "component_weights_se": errors["shares"].tolist(),
+        "component_weights_se": shares.se.tolist(),
         "mean": mean.value.tolist(),
-        "mean_se": errors["mean"].tolist(),
+        "mean_se": mean.se.tolist(),
         "covariance": covariance.value.tolist(),
-        "covariance_se": errors["covariance"].tolist(),
+        "covariance_se": covariance.se.tolist(),
         "mean_reward": {name: float(estimate.value) for name, estimate in rewards.items()},
-        "mean_reward_se": {name: float(errors[f"reward {name}"]) for name in rewards},
+        "mean_reward_se": {name: float(estimate.se) for name, estimate in rewards.items()},
         "mode_weight_tv": float(tv.value),
-        "mode_weight_tv_se": float(errors["tv"]),
+        "mode_weight_tv_se": float(tv.se),
         "sliced_w2": distance,
-    }
-
-
-def _family_errors(sampled: Sampled, problem: Problem, target: GaussianMixture) -> dict[str, Tensor]:
-    """Return standard errors after resampling: families, not samples, are independent.
-
-    Source: Lee and Whiteley 2018: se^2 = sum over families of (sum in the family of w_i (f(x_i) - mean))^2.
-    """
-    assert sampled.log_weights is not None and sampled.families is not None
-    weights, families = sampled.log_weights.softmax(0), sampled.families
-
-    def error(values: Tensor) -> Tensor:
-        flat = values.flatten(1) if values.ndim > 1 else values[:, None]
-        pulls = weights[:, None] * (flat - weights @ flat)
-        sums = pulls.new_zeros(len(pulls), flat.shape[1]).index_add_(0, families, pulls)
-        return sums.square().sum(0).sqrt().reshape(values.shape[1:])
-
-    x = sampled.points.double()
-    shares = target.responsibilities(x)
-    centred = x - weights @ x
-    # One row of the matrix at a time: all products at once would not fit in many dimensions.
-    covariance = torch.stack([error(centred * centred[:, i : i + 1]) for i in range(x.shape[1])])
-    signs = (weights @ shares - target.weights).sign()
-    return {
-        "shares": error(shares),
-        "mean": error(x),
-        "covariance": covariance / (1 - float(weights.square().sum())),
-        "tv": error(shares @ signs / 2),
-        **{f"reward {name}": error(reward(x)) for name, reward in problem.rewards.items()},
     }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sdeblend.schedule import NoiseSchedule, Time
 from toy.mixtures.posterior import Posterior
-from toy.mixtures.rewards import Numbers, QuadraticReward
+from toy.mixtures.rewards import Numbers, QuadraticReward, finite
 from toy.mixtures.tilting import Tilted, check_kl_weight, check_reward, tilt_components
 
 WEIGHT_TOLERANCE = 1e-6
@@ -47,9 +47,7 @@ class GaussianMixture:
     def __init__(
         self, weights: Tensor | Sequence[float], means: Numbers, covariances: Numbers | Sequence[Numbers]
     ) -> None:
-        pi, mu, cov = (
-            _numbers(v, n) for v, n in ((weights, "weights"), (means, "means"), (covariances, "covariances"))
-        )
+        pi, mu, cov = (finite(v, n) for v, n in ((weights, "weights"), (means, "means"), (covariances, "covariances")))
         if pi.ndim != 1 or mu.ndim != 2 or len(pi) != len(mu) or 0 in mu.shape:
             raise ValueError(
                 f"a mixture needs weights (K,) and means (K, d), got {tuple(pi.shape)} and {tuple(mu.shape)}; give "
@@ -76,18 +74,8 @@ class GaussianMixture:
             )
         else:
             eigenvalues, vectors = _positive_eigenbasis(cov)
-        self._set(pi.log() - pi.sum().log(), mu, eigenvalues, vectors)
-
-    def _set(self, log_weights: Tensor, means: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
-        self.log_weights, self.means = log_weights, means
-        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
-
-    @classmethod
-    def _of(cls, log_weights: Tensor, means: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> GaussianMixture:
-        """Build from parts that are known to be valid, without checking or decomposing them again."""
-        mixture = object.__new__(cls)
-        mixture._set(log_weights, means, eigenvalues, eigenvectors)
-        return mixture
+        self.log_weights, self.means = pi.log() - pi.sum().log(), mu
+        self.eigenvalues, self.eigenvectors = eigenvalues, vectors
 
     @property
     def dim(self) -> int:
@@ -203,7 +191,7 @@ class GaussianMixture:
             # Singular values of a root lose half as many digits as eigenvalues of its square.
             vectors, singular, _ = torch.linalg.svd(tilted.roots)
             values = singular.square()
-        return GaussianMixture._of(log_weights - log_weights.logsumexp(0), self.means + tilted.shifts, values, vectors)
+        return _Known(log_weights - log_weights.logsumexp(0), self.means + tilted.shifts, values, vectors)
 
     def log_normalizer(self, reward: QuadraticReward, *, kl_weight: float) -> float:
         """Return log Z = log E[exp(reward / kl_weight)]."""
@@ -241,9 +229,7 @@ class GaussianMixture:
         """
         time = schedule.check_time(t)
         a, s = float(schedule.alpha(time)), float(schedule.sigma(time))
-        return GaussianMixture._of(
-            self.log_weights, a * self.means, a * a * self.eigenvalues + s * s, self.eigenvectors
-        )
+        return _Known(self.log_weights, a * self.means, a * a * self.eigenvalues + s * s, self.eigenvectors)
 
     def posterior(self, x: Tensor, schedule: NoiseSchedule, t: Time) -> Posterior:
         """Return the law of x_0 given x_t = x, one mixture a row.
@@ -276,7 +262,7 @@ class GaussianMixture:
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= axis < self.dim for axis in chosen):
             raise ValueError(f"axes must be distinct, each from 0 to {self.dim - 1}, got {chosen}")
         block = self.covariances[:, chosen][:, :, chosen]
-        return GaussianMixture._of(self.log_weights, self.means[:, chosen], *torch.linalg.eigh(block))
+        return _Known(self.log_weights, self.means[:, chosen], *torch.linalg.eigh(block))
 
     def __repr__(self) -> str:
         return f"GaussianMixture(components={self.components}, dim={self.dim})"
@@ -305,14 +291,12 @@ class GaussianMixture:
         return centred if self.isotropic else torch.einsum("kij,...ki->...kj", self.eigenvectors, centred)
 
 
-def _numbers(values: object, what: str) -> Tensor:
-    try:
-        tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} must be numbers in rows of equal length, got {values!r}") from error
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{what} must be finite, got {float(tensor[~tensor.isfinite()][0])}; check the mixture")
-    return tensor
+class _Known(GaussianMixture):
+    """A mixture of parts that are known to be valid, which are not checked or decomposed again."""
+
+    def __init__(self, log_weights: Tensor, means: Tensor, eigenvalues: Tensor, eigenvectors: Tensor) -> None:
+        self.log_weights, self.means = log_weights, means
+        self.eigenvalues, self.eigenvectors = eigenvalues, eigenvectors
 
 
 def _positive_eigenbasis(covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,8 +42,8 @@ class QuadraticReward:
     def __init__(self, linear: Numbers | None = None, quadratic: Numbers | None = None, constant: float = 0.0) -> None:
         if linear is None and quadratic is None:
             raise ValueError("a reward needs linear (d,), quadratic (d, d) or both, got neither; give one to fix d")
-        b = None if linear is None else _finite(linear, "linear", 1)
-        q = None if quadratic is None else _finite(quadratic, "quadratic", 2)
+        b = None if linear is None else finite(linear, "linear", 1)
+        q = None if quadratic is None else finite(quadratic, "quadratic", 2)
         dim = len(b) if b is not None else len(q)  # type: ignore[arg-type]
         self.linear = torch.zeros(dim, dtype=torch.float64) if b is None else b
         if q is None:
@@ -57,7 +57,7 @@ class QuadraticReward:
         if skew > 1e-9 * max(float(q.abs().max()), 1e-300):
             raise ValueError(f"quadratic must be symmetric, got entries that differ by {skew:g}; give (Q + Q') / 2")
         self.quadratic = (q + q.T) / 2
-        self.constant = _number(constant, "constant")
+        self.constant = number(constant, "constant")
 
     @property
     def dim(self) -> int:
@@ -110,13 +110,13 @@ class QuadraticReward:
     def __mul__(self, factor: float) -> QuadraticReward:
         if isinstance(factor, QuadraticReward):
             return NotImplemented
-        factor = _number(factor, "the factor of a reward")
+        factor = number(factor, "the factor of a reward")
         return QuadraticReward(self.linear * factor, self.quadratic * factor, self.constant * factor)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> QuadraticReward:
-        divisor = _number(divisor, "the divisor of a reward")
+        divisor = number(divisor, "the divisor of a reward")
         if divisor == 0:
             raise ValueError("a reward cannot be divided by 0; give a non-zero scale")
         return QuadraticReward(self.linear / divisor, self.quadratic / divisor, self.constant / divisor)
@@ -182,26 +182,32 @@ def weighted_pairs(
     return list(zip(weights, named.values(), strict=True))
 
 
-def _finite(values: Numbers, what: str, ndim: int) -> Tensor:
+def finite(values: object, what: str, ndim: int | None = None) -> Tensor:
+    """Return numbers as float64, or raise unless they are finite and of that many dimensions.
+
+    Args:
+        values: in rows of equal length.
+        what: they are, for messages.
+        ndim: 1 for (d,), 2 for (d, d); any if left out.
+    """
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{what} must be numbers of shape {'(d,)' if ndim == 1 else '(d, d)'}, got {values!r}"
-        ) from error
-    if tensor.ndim != ndim:
-        wanted = "(d,)" if ndim == 1 else "(d, d)"
-        raise ValueError(f"{what} must have shape {wanted}, got {tuple(tensor.shape)}")
+        raise TypeError(f"{what} must be numbers in rows of equal length, got {values!r}") from error
+    if ndim not in (None, tensor.ndim):
+        raise ValueError(f"{what} must have shape {'(d,)' if ndim == 1 else '(d, d)'}, got {tuple(tensor.shape)}")
     if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{what} must be finite, got {float(tensor[~tensor.isfinite()][0])}; check the reward")
+        raise ValueError(f"{what} must be finite, got {float(tensor[~tensor.isfinite()][0])}; check what made them")
     return tensor
 
 
-def _number(value: float, what: str) -> float:
+def number(value: float, what: str, above: float = -math.inf) -> float:
+    """Return a finite number above some bound as a float, or raise."""
     try:
-        number = math.nan if isinstance(value, (str, bool)) else float(value)
+        result = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
-    return number
+        result = math.nan
+    if not (math.isfinite(result) and result > above):
+        bound = "" if above == -math.inf else f" above {above:g}"
+        raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
+    return result

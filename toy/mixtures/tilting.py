@@ -15,13 +15,12 @@ Source: completing the square; Diffusion Blend 2505.18547, Proposition 1, for th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from toy.mixtures.rewards import QuadraticReward
+from toy.mixtures.rewards import QuadraticReward, number
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,7 @@ class Tilted:
 
 def check_kl_weight(kl_weight: float) -> float:
     """Return ``kl_weight`` as a float, or raise unless it is a finite number above 0."""
-    try:
-        value = math.nan if isinstance(kl_weight, (str, bool)) else float(kl_weight)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"kl_weight must be a finite number above 0, got {kl_weight!r}; .1 to 2 are usual")
-    return value
+    return number(kl_weight, "kl_weight", above=0)
 
 
 def check_reward(reward: QuadraticReward, dim: int) -> QuadraticReward:

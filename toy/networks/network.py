@@ -162,10 +162,10 @@ def pretrain(
     ends = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).tolist()
     low, high = max(LOG_SNR[0], ends[0]), min(LOG_SNR[1], ends[1])
     average = torch.optim.swa_utils.AveragedModel(network)
-    pool = mixture.sample(batch * 64, generator=generator, dtype=torch.float32)
+    drawn = mixture.sample(batch * 64, generator=generator, dtype=torch.float32)
     losses = []
     for step in range(steps):
-        x0 = pool[torch.randint(len(pool), (batch,), generator=generator)]
+        x0 = drawn[torch.randint(len(drawn), (batch,), generator=generator)]
         place = (torch.arange(batch) + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
         t = schedule.time_of_log_snr(low + (high - low) * place)
         eps = torch.randn(x0.shape, generator=generator)
