@@ -117,7 +117,7 @@ def encoded(picture: Figure | Image.Image, kind: str = "png", *, dpi: int = 130,
         raise ValueError(f"a figure can be {', '.join(FORMATS)}, got {kind!r}; name the file accordingly")
     stream = io.BytesIO()
     if isinstance(picture, Image.Image):
-        picture.save(stream, "PNG", optimize=True)
+        picture.save(stream, "PNG")
     else:
         with rc_context({"svg.hashsalt": "sdeblend", "svg.fonttype": "path"}):
             picture.savefig(stream, format=kind, dpi=dpi, metadata=_UNDATED[kind], facecolor=ground)

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 import math
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image
 
 from sdeblend.blend import Preference
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import Bar, progress
+from sdeblend.shell.files import write_atomically
+from sdeblend.shell.registry import versions
 from stablediffusion.adapters.files import find_lora
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.attach import blend
@@ -39,7 +38,6 @@ _SCHEDULERS = {
     "euler-a": diffusers.EulerAncestralDiscreteScheduler,
 }
 _PACKAGES = ("sdeblend", "torch", "diffusers", "transformers", "peft")
-_GAP = 6
 
 
 class Run:
@@ -80,11 +78,12 @@ class Run:
             pipe = self._pipeline()
             members = load_members(pipe, self.files)
             total = len(missing) * self.settings["steps"]
-            # None: no bar where the output is no terminal
-            with tqdm(total=total, unit="step", disable=None) as bar:
+            with progress("images", total, unit="steps") as bar:
                 for k in missing:
                     self._finish_point(pipe, members, k, bar)
-        write_atomically(self.out / "sheet.png", _png(self._sheet()))
+        from sdeblend.shell.figures import encoded
+
+        write_atomically(self.out / "sheet.png", encoded(self._sheet()))
 
     def _pipeline(self) -> Any:
         s = self.settings
@@ -103,7 +102,9 @@ class Run:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ValueError(f"--device must be one that torch can use here, got {device!r}; try cpu") from error
 
-    def _finish_point(self, pipe: Any, members: Any, k: int, bar: tqdm) -> None:
+    def _finish_point(self, pipe: Any, members: Any, k: int, bar: Bar) -> None:
+        from sdeblend.shell.figures import encoded
+
         s = self.settings
         preference = Preference(self.points[k], s["strength"])
         correct = None if s["correct"] == "none" else s["correct"]
@@ -133,47 +134,28 @@ class Run:
             result = _result(knobs)
         files = [f"point-{k:03d}-seed-{seed}.png" for seed in seeds]
         for name, image in zip(files, images, strict=True):
-            write_atomically(self.out / name, _png(image))
+            write_atomically(self.out / name, encoded(image))
         coefficients = preference.coefficients(members.names).tolist()
         named = dict(zip(("base", *members.names), coefficients, strict=True))
-        made_by = {"device": str(pipe.device), "versions": {p: version(p) for p in _PACKAGES}}
+        made_by = {"device": str(pipe.device), "versions": versions(_PACKAGES)}
         self.record["results"][str(k)] = {"coefficients": named, "seeds": seeds, "files": files} | made_by | result
         write_atomically(self.out / "run.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
     def _sheet(self) -> Image.Image:
         """Return one row a point, labelled with its weights, one column a seed, under the settings they share."""
+        from sdeblend.shell.figures import contact_sheet
+
         results = [self.record["results"][str(k)] for k in range(len(self.points))]
-        rows = [[Image.open(self.out / name) for name in result["files"]] for result in results]
         s = self.settings
-        labels = ["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.points]
         # resampled images descend from others: a column is then no seed
         what = "image" if s["correct"] == "resample" else "seed"
-        seeds = [f"{what} {seed}" for seed in results[0]["seeds"]]
-        title = f"{s['prompt']}\nmode {s['mode']}, strength {s['strength']:g}, guidance {s['guidance']:g}"
-        width, height = rows[0][0].size
-        font = ImageFont.load_default(size=max(12, height // 24))
-        draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-        def extent(text: str) -> tuple[int, int]:
-            _, _, right, bottom = draw.multiline_textbbox((0, 0), text, font=font)
-            return math.ceil(right) + 2 * _GAP, math.ceil(bottom) + 2 * _GAP
-
-        left = max(extent(label)[0] for label in labels)
-        cell = max(width, *(extent(seed)[0] for seed in seeds)) + _GAP
-        line = max(height + _GAP, *(extent(label)[1] for label in labels))
-        title_width, top = extent(title)
-        header = top + max(extent(seed)[1] for seed in seeds)
-        size = (max(left + cell * len(seeds), title_width), header + line * len(rows))
-        sheet = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(sheet)
-        draw.multiline_text((_GAP, _GAP), title, fill="black", font=font)
-        for c, seed in enumerate(seeds):
-            draw.text((left + c * cell, top), seed, fill="black", font=font)
-        for r, (row, label) in enumerate(zip(rows, labels, strict=True)):
-            draw.multiline_text((_GAP, header + r * line), label, fill="black", font=font)
-            for c, image in enumerate(row):
-                sheet.paste(image, (left + c * cell, header + r * line))
-        return sheet
+        return contact_sheet(
+            [[Image.open(self.out / name) for name in result["files"]] for result in results],
+            rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.points],
+            columns=[f"{what} {seed}" for seed in results[0]["seeds"]],
+            title=f"{s['prompt']}\nmode {s['mode']}, strength {s['strength']:g}, guidance {s['guidance']:g}",
+            zoom=1,
+        )
 
 
 def _result(knobs: Knobs) -> dict[str, Any]:
@@ -224,9 +206,3 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{path} must be a record of this command, got something else; move it, or give another --out")
-
-
-def _png(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG")
-    return stream.getvalue()
