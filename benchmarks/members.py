@@ -16,7 +16,6 @@ anew. Recipes are what reaches the tilt in minutes of one CPU thread, not what i
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import tempfile
 import time
@@ -28,12 +27,10 @@ import torch
 
 from benchmarks.timing import RESULTS
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
-from sdeblend.finetune.config import TRAINERS
-from sdeblend.finetune.run import averaged
+from sdeblend.finetune.trainers import TRAINERS
+from sdeblend.io import write_atomically
 from sdeblend.reward import WeightedReward
 from sdeblend.score import Stack
-from sdeblend.shell.console import markdown
-from sdeblend.shell.files import write_atomically
 from toy import metrics
 from toy.networks.network import for_mixture, load_network, pretrain, save_network
 from toy.networks.tunable import MixtureTunable, TunedScore, reward_of
@@ -94,15 +91,12 @@ def tuned(
     recipe: Recipe, model: MixtureTunable, problem: Problem, reward: str, kl_weight: float, seed: int = 0
 ) -> Cell:
     """Tune a model in place and return what it cost, and what it cost to get there."""
-    module, trainer_name, settings_name = TRAINERS[recipe.trainer]
-    loaded = importlib.import_module(f"sdeblend.finetune.trainers.{module}")
-    kind = getattr(loaded, settings_name)
-    presets = getattr(kind, "presets", {}).get(recipe.settings.get("mode", ""), {})
+    kind = TRAINERS[recipe.trainer]
     common = {"kl_weight": kl_weight, "group_size": 256, "ema_decay": 0.98, "learning_rate": recipe.phases[0][1],
               "seed": seed}  # fmt: skip
-    settings = kind(**(common | presets | recipe.settings))
-    weighted = WeightedReward({reward: reward_of(problem.rewards[reward])})
-    trainer = getattr(loaded, trainer_name)(model, weighted, settings)
+    presets = kind.settings_class.preset(recipe.settings)
+    settings = kind.settings_class(**{**common, **presets, **recipe.settings})
+    trainer = kind(model, WeightedReward({reward: reward_of(problem.rewards[reward])}), settings)
     target, every = problem.member(reward), sum(n for n, _ in recipe.phases) // PROBES
     spent, done, log, there = 0.0, 0, dict[str, Any](), dict[str, Any]()
     for iterations, rate in recipe.phases:
@@ -113,14 +107,12 @@ def tuned(
             log = trainer.iterate()
             spent, done = spent + time.process_time() - start, done + 1
             if done % every == 0:
-                with averaged(trainer):
+                with trainer.averaged():
                     slope = recovered(model, target, count=PROBE_STATES).slope
                 near = abs(slope - 1) <= NEAR
                 here = {"there_calls": trainer.reward_calls, "there_seconds": spent}
                 there = (there or here) if near else {}
-    with torch.no_grad():
-        for value, mean in zip(trainer.parameters, trainer.average or trainer.parameters, strict=True):
-            value.copy_(mean)
+    trainer.set_parameters(trainer.average or trainer.parameters)
     return {"seconds": spent, "reward_calls": trainer.reward_calls, "kl": log["kl"]} | there
 
 
@@ -242,30 +234,30 @@ def table(cells: dict[str, Cell]) -> str:
         f"seconds until the slope stays within {NEAR:g} of 1.", "",
         "All cells, by the recipes in benchmarks/members.py. \"dpok, published\", the same loss trained longer and "
         "\"backprop, last 5\" state no KL weight: their slopes are what they happen to reach.", "",
-        _summary(cells), "",
+        *_summary(cells), "",
     ]  # fmt: skip
     for (name, reward), kind in REWARDS.items():
         for alpha in KL_WEIGHTS:
             head = f"{name}|{reward}|{alpha}|"
             own = {key.removeprefix(head): cell for key, cell in cells.items() if key.startswith(head)}
             if own:
-                lines += [f"## {name}, {reward} ({kind}), KL weight {alpha:g}", "", _details(own), ""]
+                lines += [f"## {name}, {reward} ({kind}), KL weight {alpha:g}", "", *_details(own), ""]
     blends = {tuple(key.split("|")[1:]): cell for key, cell in cells.items() if key.startswith("blend|")}
     if blends:
         lines += ["## Blends", "",
                   f"Of two members, half and half, learned by regression (mean of {len(SEEDS)} tunings ± standard "
                   "error) or exact, against the exact target; what learned members add to the blend's own error is "
-                  "the difference:", ""]  # fmt: skip
-        header = ("problem", "members", "KL weight", "TV, learned", "TV, exact", "floor", "W2, learned", "W2, exact",
-                  "floor", "TV of each learned member")  # fmt: skip
-        rows = []
+                  "the difference:", "",
+                  "| problem | members | KL weight | TV, learned | TV, exact | floor | W2, learned | W2, exact | "
+                  "floor | TV of each learned member |",
+                  "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
         for (name, alpha), cell in blends.items():
             values = []
             for kind in ("tv", "w2"):
                 values += [_mean(cell[f"learned_{kind}"]), *(f"{cell[f'{w}_{kind}']:.3f}" for w in ("exact", "floor"))]
             members = ", ".join(_mean(cell[reward + "_tv"]) for reward in cell["rewards"])
-            rows.append((name, ", ".join(cell["rewards"]), f"{float(alpha):g}", *values, members))
-        lines.append(markdown(header, rows))
+            row = (name, ", ".join(cell["rewards"]), f"{float(alpha):g}", *values, members)
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -281,15 +273,17 @@ def _there(cells: list[Cell]) -> list[str]:
     return [f"{len(arrived)} of {len(cells)}", *spans]
 
 
-def _summary(cells: dict[str, Cell]) -> str:
+def _summary(cells: dict[str, Cell]) -> list[str]:
     """Return a table with one row a trainer: the range of what it reached over all cells."""
-    header = ("trainer", "cells", "slope", "residual", "TV", "W2", "reward calls", "seconds", "there", "calls to there",
-              "seconds to there")  # fmt: skip
-    rows = []
+    lines = [
+        "| trainer | cells | slope | residual | TV | W2 | reward calls | seconds | there | calls to there | "
+        "seconds to there |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     floors = [cell for key, cell in cells.items() if key.endswith("|floor")]
     if floors:
         spans = [_span([cell[f"floor_{name}"] for cell in floors], 3) for name in ("tv", "w2")]
-        rows.append(["exact samples", str(len(floors)), "1", "0", *spans, *[""] * 5])
+        lines.append(f"| exact samples | {len(floors)} | 1 | 0 | {spans[0]} | {spans[1]} | | | | | |")
     for trainer in RECIPES:
         own = [cell for key, cell in cells.items() if key.endswith(f"|{trainer}")]
         done = [cell for cell in own if "failed" not in cell]
@@ -297,8 +291,8 @@ def _summary(cells: dict[str, Cell]) -> str:
             parts = [_span([cell[name] for cell in done], digits) for name, digits in
                      (("slope", 2), ("residual", 3), ("tv", 3), ("w2", 3), ("reward_calls", 0), ("seconds", 0))]
             failed = f" ({len(own) - len(done)} failed)" if len(done) < len(own) else ""
-            rows.append([trainer, f"{len(own)}{failed}", *parts, *_there(done)])
-    return markdown(header, rows)
+            lines.append(f"| {trainer} | {len(own)}{failed} | {' | '.join([*parts, *_there(done)])} |")
+    return lines
 
 
 def _span(values: list[float], digits: int) -> str:
@@ -306,24 +300,28 @@ def _span(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _details(cells: dict[str, Cell]) -> str:
+def _details(cells: dict[str, Cell]) -> list[str]:
     """Return the table of one problem, reward and KL weight; cells by trainer."""
-    header = ("trainer", "slope", "residual (of the base network)", "TV", "W2", "reward calls", "seconds")
-    rows = []
+    lines = [
+        "| trainer | slope | residual (of the base network) | TV | W2 | reward calls | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     if "floor" in cells:
-        for key, words, slope, residual in (("floor", "exact samples", "1", "0"), ("exact", "exact score", "1", "0"),
-                                            ("base", "base network, to the base", "", "")):  # fmt: skip
-            measured = [f"{cells['floor'][f'{key}_{distance}']:.3f}" for distance in ("tv", "w2")]
-            rows.append([words, slope, residual, *measured, "", ""])
+        floor_cell = cells["floor"]
+        rows = (("floor", "exact samples", "1 | 0"), ("exact", "exact score", "1 | 0"),
+                ("base", "base network, to the base", "|"))  # fmt: skip
+        lines += [f"| {words} | {known} | {floor_cell[f'{key}_tv']:.3f} | {floor_cell[f'{key}_w2']:.3f} | | |"
+                  for key, words, known in rows]
     for trainer in RECIPES:
         cell = cells.get(trainer, {})
         if "failed" in cell:
-            rows.append([trainer, cell["failed"], *[""] * 5])
+            lines.append(f"| {trainer} | {cell['failed']} | | | | | |")
         elif cell:
-            numbers = [f"{cell['tv']:.3f}", f"{cell['w2']:.3f}", str(cell["reward_calls"]), f"{cell['seconds']:.0f}"]
-            residual = f"{cell['residual']:.3f} ({cell['base_residual']:.3f})"
-            rows.append([trainer, f"{cell['slope']:.2f}", residual, *numbers])
-    return markdown(header, rows)
+            lines.append(
+                f"| {trainer} | {cell['slope']:.2f} | {cell['residual']:.3f} ({cell['base_residual']:.3f}) | "
+                f"{cell['tv']:.3f} | {cell['w2']:.3f} | {cell['reward_calls']} | {cell['seconds']:.0f} |"
+            )
+    return lines
 
 
 if __name__ == "__main__":

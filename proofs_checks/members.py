@@ -119,10 +119,7 @@ def _tuned(network: Network, problem: Problem, name: str, kl_weight: float) -> M
     trainer = RewardRegression(model, WeightedReward({name: reward_of(problem.rewards[name])}), settings)
     for _ in range(ITERATIONS):
         trainer.iterate()
-    assert trainer.average is not None  # because of ema_decay
-    with torch.no_grad():
-        for value, mean in zip(trainer.parameters, trainer.average, strict=True):
-            value.copy_(mean)
+    trainer.set_parameters(trainer.average or trainer.parameters)
     return model
 
 

@@ -11,21 +11,28 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdeblend.finetune.state import load_optimizer, optimizer_state, safetensors_bytes
 from sdeblend.finetune.trainer import Trainer
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
+from sdeblend.shell.settings import Settings, parse
 
 FORMAT = "sdeblend checkpoint 1"
 
 
-def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return a trainer's whole state as tensors by name and plain numbers; all processes must call it.
+class Position(Settings):
+    """Where a run is: rounds done, rewards asked for, factor and finite steps of the loss scale, if there is one."""
+
+    iteration: int
+    reward_calls: int
+    scale: tuple[float, int] | None
+
+
+def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], Position]:
+    """Return a trainer's whole state as tensors by name and its position; all processes must call it.
 
     Raises:
         FloatingPointError: if a parameter is not finite: nothing that is not good is ever kept.
@@ -41,16 +48,11 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= optimizer_state(trainer.optimizer)
     tensors |= {f"buffer.{name}": value for name, value in trainer.buffers().items()}
     tensors["generator"] = trainer.generator.get_state()
-    scaler = trainer.workers.scaler
-    numbers = {
-        "iteration": trainer.iteration,
-        "reward_calls": trainer.reward_calls,
-        "scale": None if scaler is None else [scaler.factor, scaler.steps],
-    }
-    return tensors, numbers
+    scale = None if trainer.scale is None else (trainer.scale.factor, trainer.scale.steps)
+    return tensors, Position(iteration=trainer.iteration, reward_calls=trainer.reward_calls, scale=scale)
 
 
-def restore(trainer: Trainer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def restore(trainer: Trainer, tensors: Mapping[str, Tensor], position: Position) -> None:
     """Put a trainer into the state that ``state_of`` returned.
 
     Raises:
@@ -65,20 +67,18 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], numbers: Mapping[st
     odd = sorted(name for name in {*own, *given} if own.get(name) != given.get(name))
     if odd:
         raise ValueError(f"the checkpoint's trainable part is of another model: it differs in {odd[0]}")
-    with torch.no_grad():
-        for name, value in trainer.model.trainable().items():
-            value.copy_(parts["parameter"][name])
-        for i, value in enumerate(trainer.average or ()):
-            value.copy_(parts["average"][str(i)])
+    trainer.set_parameters([parts["parameter"][name] for name in sorted(own)])
+    for i, value in enumerate(trainer.average or ()):
+        value.copy_(parts["average"][str(i)])
     load_optimizer(trainer.optimizer, {f"optimizer.{name}": v for name, v in parts.get("optimizer", {}).items()})
     trainer.load_buffers(parts.get("buffer", {}))
     trainer.generator.set_state(parts["generator"][""])
-    trainer.iteration, trainer.reward_calls = int(numbers["iteration"]), int(numbers["reward_calls"])
-    if trainer.workers.scaler is not None and numbers["scale"] is not None:
-        trainer.workers.scaler.factor, trainer.workers.scaler.steps = numbers["scale"]
+    trainer.iteration, trainer.reward_calls = position.iteration, position.reward_calls
+    if trainer.scale is not None and position.scale is not None:
+        trainer.scale.factor, trainer.scale.steps = position.scale
 
 
-def write(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> None:
+def write(path: Path, trainer: Trainer, configuration: Mapping[str, object]) -> None:
     """Write a checkpoint; every process must call it, the main one writes.
 
     Args:
@@ -90,10 +90,11 @@ def write(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> Non
         OSError: if it cannot be written; what was there before is then still there.
         FloatingPointError: if the state is not finite; likewise.
     """
-    tensors, numbers = state_of(trainer)
-    if not trainer.workers.main:
+    tensors, position = state_of(trainer)
+    if not trainer.processes.main:
         return
-    about = {"format": FORMAT, "numbers": json.dumps(numbers), "configuration": json.dumps(dict(configuration))}
+    about = {"format": FORMAT, "configuration": json.dumps(dict(configuration))}
+    about["numbers"] = position.model_dump_json()
     kept = "the one before it is kept" if path.exists() else "there is none before it"
     with naming(path, f"the checkpoint of iteration {trainer.iteration}; {kept}"):
         write_atomically(path, safetensors_bytes(tensors, about))
@@ -108,7 +109,7 @@ def naming(path: Path, words: str) -> Iterator[None]:
         raise OSError(error.errno, f"{error.strerror or error}, at {words}", str(path)) from error
 
 
-def read(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> None:
+def read(path: Path, trainer: Trainer, configuration: Mapping[str, object]) -> None:
     """Put a trainer where a checkpoint left off.
 
     Raises:
@@ -126,13 +127,14 @@ def read(path: Path, trainer: Trainer, configuration: Mapping[str, Any]) -> None
     if about.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this version ({FORMAT}); start anew in another folder")
     check_same(path, json.loads(about["configuration"]), configuration)
+    position = parse(Position, json.loads(about["numbers"]), file=path)
     try:
-        restore(trainer, tensors, json.loads(about["numbers"]))
+        restore(trainer, tensors, position)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same(path: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise a ValueError that names the first key in which two configurations differ, if one does."""
     # By way of JSON, which knows no tuples.
     now = json.loads(json.dumps(dict(now)))

@@ -30,13 +30,14 @@ def main(argv: Sequence[str]) -> int:
     """
     arguments = _parser().parse_args(list(argv))
     # Late: help needs no torch.
-    from sdeblend.finetune.config import load_plan
+    from sdeblend.finetune.config import load_tuning
     from sdeblend.finetune.run import CHECKPOINT, run
 
-    plan = load_plan(arguments.config)
-    if arguments.resume and not (plan.folder / CHECKPOINT).exists():
-        print(f"{plan.folder} has no checkpoint yet; starting from the beginning", file=sys.stderr)
-    print(run(plan, resume=arguments.resume))
+    tuning = load_tuning(arguments.config)
+    folder = tuning.output.folder
+    if arguments.resume and not (folder / CHECKPOINT).exists():
+        print(f"{folder} has no checkpoint yet; starting from the beginning", file=sys.stderr)
+    print(run(tuning, resume=arguments.resume))
     return 0
 
 

@@ -10,16 +10,18 @@ nothing. It can be restricted to rows, so that a batch may be cut, repeated and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sdeblend.reward import Condition
+from sdeblend.reward import Condition, Reward
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import Parametrisation, conversion
+from sdeblend.shell.settings import Settings
 
 
 class Tunable(Protocol):
@@ -64,6 +66,36 @@ class Tunable(Protocol):
         """Return a short text that tells the base from any other (a hash of its weights, say)."""
 
 
+class ModelSettings(Settings, ABC):
+    """The ``[model]`` table of a backend, without its ``kind``: an entry point ``KIND = module:class`` of a subclass.
+
+    Paths in it are relative to the working folder.
+    """
+
+    @abstractmethod
+    def build(
+        self, rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+    ) -> tuple[Tunable, Mapping[str, Reward]]:
+        """Build the model and its rewards.
+
+        Args:
+            rewards: the names in ``[rewards]``, each once; exactly these are returned.
+            file: the settings file, for messages.
+            seed: of the trainable part's first values, so that every process starts from the same.
+            device: where to compute: this process's own.
+
+        Returns:
+            the model, its trainable part at a start where it changes nothing, and name -> reward.
+
+        Raises:
+            ValueError: for a model that cannot be used or a reward that does not exist, naming those that do.
+        """
+
+    def trainer_defaults(self) -> Mapping[str, object]:
+        """Return settings of trainers where they are not the trainers' own; keys that one lacks do not count."""
+        return {}
+
+
 def take(condition: Condition | None, index: Tensor) -> Condition | None:
     """Return the condition of the rows ``index``; None stays None."""
     return None if condition is None else condition.rows(index)
@@ -100,7 +132,7 @@ def noised(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tenso
     return per_row(schedule.alpha(t), x0) * x0 + per_row(schedule.sigma(t), x0) * eps
 
 
-def flat_parameters(model: Tunable) -> list[Any]:
+def flat_parameters(model: Tunable) -> list[torch.nn.Parameter]:
     """Return the trainable parameters in the order of their names."""
     named = model.trainable()
     return [named[name] for name in sorted(named)]

@@ -14,28 +14,28 @@ the trainer's is not the alpha of the optimum), ``sdeblend.base`` (``Tunable.ide
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sdeblend.finetune import checkpoint
-from sdeblend.finetune.config import Plan, build, trainer_of
-from sdeblend.finetune.trainer import Metrics, Trainer, Workers
-from sdeblend.finetune.workers import Distributed, in_precision
-from sdeblend.io import write_atomically
+from sdeblend.finetune.config import Tuning, configuration
+from sdeblend.finetune.trainer import Metrics, Trainer
+from sdeblend.finetune.workers import LossScale, in_precision
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.console import progress
+from sdeblend.shell.files import write_atomically
+from sdeblend.shell.processes import Launched, Processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,11 +44,11 @@ CHECKPOINT, MEMBER, METRICS, LOGS = "checkpoint.safetensors", "member.safetensor
 Log = Callable[[Metrics, int], None]
 
 
-def run(plan: Plan, *, resume: bool = False) -> Path:
+def run(tuning: Tuning, *, resume: bool = False) -> Path:
     """Do what a settings file asks for, in as many processes as ``accelerate launch`` started.
 
     Args:
-        plan: from ``sdeblend.finetune.config.load_plan``.
+        tuning: from ``sdeblend.finetune.config.load_tuning``.
         resume: go on from the folder's checkpoint; without one, from the start.
 
     Returns:
@@ -61,18 +61,20 @@ def run(plan: Plan, *, resume: bool = False) -> Path:
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(log_with="tensorboard", project_dir=plan.folder)
-    workers = Distributed(accelerator, plan.precision)
+    folder, precision = tuning.output.folder, tuning.run.precision
+    accelerator = Accelerator(log_with="tensorboard", project_dir=folder)
+    processes = Launched(accelerator.state)
     # Before a large model is loaded.
-    check_folder(plan.folder, workers, resume=resume)
-    model, rewards = build(plan, accelerator.device)
-    kind, _ = trainer_of(plan.trainer)
-    reward = WeightedReward(rewards, plan.rewards)
-    trainer = kind(in_precision(model, plan.precision), reward, plan.settings, workers)
+    check_folder(folder, processes, resume=resume)
+    model, rewards = tuning.build(accelerator.device)
+    trainer = tuning.trainer(
+        in_precision(model, precision), WeightedReward(rewards, tuning.rewards), tuning.settings, processes,
+        LossScale() if precision == "fp16" else None,
+    )  # fmt: skip
     return train(
-        trainer, plan.folder, iterations=plan.iterations, checkpoint_every=plan.checkpoint_every,
-        configuration=plan.fixed() | {"base": model.identity()}, resume=resume, accelerator=accelerator,
-    )
+        trainer, folder, iterations=tuning.run.iterations, checkpoint_every=tuning.output.checkpoint_every,
+        configured=tuning.fixed() | {"base": model.identity()}, resume=resume, accelerator=accelerator,
+    )  # fmt: skip
 
 
 def train(
@@ -81,7 +83,7 @@ def train(
     *,
     iterations: int,
     checkpoint_every: int = 10,
-    configuration: Mapping[str, Any] | None = None,
+    configured: Mapping[str, object] | None = None,
     resume: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Path:
@@ -92,7 +94,7 @@ def train(
         folder: of the run.
         iterations: rounds in all, those before an interruption included.
         checkpoint_every: rounds between checkpoints; the last round has one.
-        configuration: what a resumed run must agree in, as JSON has it; by default trainer, settings, rewards, base.
+        configured: what a resumed run must agree in, as JSON has it; by default trainer, settings, rewards, base.
         resume: go on from the folder's checkpoint; without one, from the start.
         accelerator: writes the logs for TensorBoard; None writes none.
 
@@ -105,13 +107,15 @@ def train(
         OSError: for a file that cannot be written; the last checkpoint is kept.
         FloatingPointError: for what is not finite; the last checkpoint and its member are kept.
     """
-    check_folder(folder, trainer.workers, resume=resume)
-    configuration = default_configuration(trainer) if configuration is None else configuration
+    check_folder(folder, trainer.processes, resume=resume)
+    if configured is None:
+        weights, base = trainer.reward.weights, trainer.model.identity()
+        configured = configuration(trainer.settings, weights, trainer.name) | {"base": base}
     if (folder / CHECKPOINT).exists():
-        checkpoint.read(folder / CHECKPOINT, trainer, configuration)
+        checkpoint.read(folder / CHECKPOINT, trainer, configured)
         if trainer.iteration > iterations:
             raise ValueError(f"{folder} has a run of {trainer.iteration} iterations, more than the {iterations} wanted")
-    if trainer.workers.main:
+    if trainer.processes.main:
         folder.mkdir(parents=True, exist_ok=True)
         with checkpoint.naming(folder / METRICS, f"the metrics up to iteration {trainer.iteration}"):
             forget(folder / METRICS, trainer.iteration)
@@ -123,12 +127,12 @@ def train(
         with tensorboard(accelerator, trainer.iteration) as log:
             for metrics in _rounds(trainer, iterations):
                 with undisturbed():
-                    if trainer.workers.main:
+                    if trainer.processes.main:
                         with checkpoint.naming(folder / METRICS, f"the metrics of iteration {trainer.iteration}"):
                             note(folder / METRICS, {"iteration": trainer.iteration, **metrics})
                     log(metrics, trainer.iteration)
                     if trainer.iteration % checkpoint_every == 0 or trainer.iteration == iterations:
-                        checkpoint.write(folder / CHECKPOINT, trainer, configuration)
+                        checkpoint.write(folder / CHECKPOINT, trainer, configured)
                         save_member(trainer, folder)
                         kept = trainer.iteration
     except FloatingPointError as error:
@@ -137,19 +141,19 @@ def train(
     return folder / MEMBER
 
 
-def check_folder(folder: Path, workers: Workers, *, resume: bool) -> None:
+def check_folder(folder: Path, processes: Processes, *, resume: bool) -> None:
     """Refuse a folder that is none, whose run would be overwritten, or of which processes see different checkpoints.
 
     Raises:
         ValueError: if there is a checkpoint and ``resume`` is False, or not the same one for every process.
         NotADirectoryError: if there is a file of this name.
     """
-    if workers.count > 1:
-        found = [int(number) for number in workers.gather(torch.tensor([number_of(folder / CHECKPOINT)]))]
+    if processes.count > 1:
+        found = [int(number) for number in processes.gather(torch.tensor([number_of(folder / CHECKPOINT)]))]
         if len(set(found)) > 1:
             got = f"it in {sum(map(bool, found))}" if 0 in found else f"{len(set(found))} different ones"
             raise ValueError(
-                f"all {workers.count} processes must find the same {folder / CHECKPOINT}, or none, got {got}; share "
+                f"all {processes.count} processes must find the same {folder / CHECKPOINT}, or none, got {got}; share "
                 "the folder between machines, or copy the file to each"
             )
     if folder.exists() and not folder.is_dir():
@@ -168,14 +172,7 @@ def number_of(path: Path) -> int:
     return int.from_bytes(digest, "little")
 
 
-def default_configuration(trainer: Trainer) -> dict[str, Any]:
-    """Return trainer, settings, rewards and base by name, as JSON has them."""
-    settings = {f"trainer.{k}": "inf" if v == math.inf else v for k, v in dataclasses.asdict(trainer.settings).items()}
-    rewards = {f"rewards.{name}": weight for name, weight in trainer.reward.weights.items()}
-    return settings | rewards | {"trainer.name": trainer.name, "base": trainer.model.identity()}
-
-
-def note(path: Path, entry: Mapping[str, Any]) -> None:
+def note(path: Path, entry: Mapping[str, object]) -> None:
     """Add a line to a file of metrics."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(entry, allow_nan=False) + "\n")
@@ -196,11 +193,11 @@ def forget(path: Path, iteration: int) -> None:
 
 def save_member(trainer: Trainer, folder: Path) -> None:
     """Write the member as it is now, averaged if there is an average; every process must call it."""
-    if trainer.workers.main:
+    if trainer.processes.main:
         path = folder / MEMBER
-        with averaged(trainer), checkpoint.naming(path, f"the member of iteration {trainer.iteration}"):
+        with trainer.averaged(), checkpoint.naming(path, f"the member of iteration {trainer.iteration}"):
             trainer.model.save(path, metadata(trainer))
-    trainer.workers.wait()
+    trainer.processes.wait()
 
 
 def metadata(trainer: Trainer) -> dict[str, str]:
@@ -209,9 +206,7 @@ def metadata(trainer: Trainer) -> dict[str, str]:
         "reward": json.dumps(trainer.reward.weights),
         "base": trainer.model.identity(),
         "trainer": trainer.name,
-        "settings": json.dumps(
-            {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(trainer.settings).items()}
-        ),
+        "settings": json.dumps(trainer.settings.to_json()),
         "iterations": str(trainer.iteration),
         "version": version("sdeblend"),
     }
@@ -220,31 +215,9 @@ def metadata(trainer: Trainer) -> dict[str, str]:
     return {f"sdeblend.{name}": value for name, value in about.items()}
 
 
-@contextmanager
-def averaged(trainer: Trainer) -> Iterator[None]:
-    """Give the model the averaged parameters for a while, if there is an average."""
-    if trainer.average is None:
-        yield
-        return
-    own = [p.detach().clone() for p in trainer.parameters]
-    try:
-        with torch.no_grad():
-            for parameter, mean in zip(trainer.parameters, trainer.average, strict=True):
-                parameter.copy_(mean)
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(trainer.parameters, own, strict=True):
-                parameter.copy_(value)
-
-
 def _rounds(trainer: Trainer, iterations: int) -> Iterator[Metrics]:
     """Do the rounds that are left with a bar on stderr; give each one's metrics, all finite."""
-    from tqdm import tqdm
-
-    # None shows the bar on a terminal only.
-    disable = None if trainer.workers.main else True
-    with tqdm(total=iterations, initial=trainer.iteration, file=sys.stderr, unit="it", disable=disable) as bar:
+    with progress("tuning", iterations, done=trainer.iteration, quiet=not trainer.processes.main) as bar:
         while trainer.iteration < iterations:
             begin = time.perf_counter()
             metrics = trainer.iterate()
@@ -254,9 +227,8 @@ def _rounds(trainer: Trainer, iterations: int) -> Iterator[Metrics]:
                     f"training must stay finite, got {bad} = {metrics[bad]} in iteration {trainer.iteration}; lower "
                     "learning_rate or raise kl_weight"
                 )
-            shown = {name: f"{metrics[name]:.4g}" for name in ("reward", "kl", "clipped") if name in metrics}
-            bar.set_postfix(shown, refresh=False)
-            bar.update()
+            shown = (f"{name} {metrics[name]:.4g}" for name in ("reward", "kl", "clipped") if name in metrics)
+            bar.update(note=", ".join(shown))
             # Seconds are not among what a trainer may depend on, so they are added here.
             yield metrics | {"reward_calls": trainer.reward_calls, "seconds": time.perf_counter() - begin}
 

@@ -17,33 +17,38 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from sdeblend.finetune.chain import Chain, draw_noise
 from sdeblend.finetune.model import Condition, Tunable, flat_parameters, take
+from sdeblend.finetune.paths import draw_noise
+from sdeblend.finetune.workers import LossScale
 from sdeblend.grid import Spacing, time_grid
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.processes import Processes
+from sdeblend.shell.settings import Settings
 
 Metrics = dict[str, float]
+Loss = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Settings:
+class TrainerSettings(Settings):
     """What every trainer needs to know.
 
     Attributes:
         kl_weight: alpha, in units of the reward.
         groups: conditions (prompts) an iteration.
-        group_size: samples a condition.
+        group_size: samples a condition; a trainer that compares the samples of a group needs two.
         steps: steps of the sampling chain.
         spacing: of its times, see ``sdeblend.grid``; uniform steps in t are coarse where modes are sharp, and what
             a trainer learns from its own samples inherits that.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW; 1e-3 suits a LoRA of a small network, 1e-5 to 1e-4 Stable Diffusion.
         weight_decay: of AdamW.
         clip_norm: largest norm of a gradient; infinity for none.
         ema_decay: of the averaged parameters that are saved, at most (n + 1) / (n + 10) after n steps of the optimiser,
@@ -51,126 +56,38 @@ class Settings:
         micro_batch: rows evaluated at once, fewer where the model says so (``Tunable.graded_batch``); gradients are
             accumulated over the batch.
         seed: of every random number of the run.
-
-    Raises:
-        ValueError: for a value outside its range.
     """
 
-    # A trainer that compares the samples of a group needs two; one with a value function does with one.
-    least_group: ClassVar[int] = 2
-
-    kl_weight: float = 1.0
-    groups: int = 1
-    group_size: int = 256
-    steps: int = 50
+    kl_weight: Annotated[float, Field(gt=0), "a finite number above 0, the alpha of exp(r / alpha)"] = 1.0
+    groups: int = Field(default=1, ge=1)
+    group_size: int = Field(default=256, ge=2)
+    steps: int = Field(default=50, ge=2)
     spacing: Spacing = "log-snr"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-    micro_batch: int = 4096
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True), "a number above 0, inf for none"] = 1.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1), "a number within [0, 1), 0 for no average"] = 0.0
+    micro_batch: int = Field(default=4096, ge=1)
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name, low in (("groups", 1), ("group_size", self.least_group), ("steps", 2), ("micro_batch", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("kl_weight", "learning_rate", "clip_norm"):
-            value = getattr(self, name)
-            if not value > 0 or (name != "clip_norm" and not math.isfinite(value)):
-                raise ValueError(f"{name} must be above 0, got {value}; {_HINTS[name]}")
-        if self.spacing not in get_args(Spacing):
-            raise ValueError(f"spacing must be one of {', '.join(get_args(Spacing))}, got {self.spacing!r}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie within [0, 1), got {self.ema_decay}; 0 is no average")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+    @classmethod
+    def preset(cls, given: Mapping[str, object], /) -> Mapping[str, object]:
+        """Return the defaults that some of the given values choose in place of the class's own; here none."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: dict[str, object]) -> dict[str, object]:
+        return {**cls.preset(given), **given}
 
     @property
     def total(self) -> int:
         """Samples an iteration, over all processes."""
         return self.groups * self.group_size
 
-
-_HINTS = {
-    "kl_weight": "it is the alpha of exp(r / alpha)",
-    "learning_rate": "1e-3 suits a LoRA of a small network, 1e-5 to 1e-4 Stable Diffusion",
-    "clip_norm": "give inf for none",
-}
-
-
-class LossScale:
-    """A factor on the loss that keeps gradients in half precision from vanishing, found while training.
-
-    It doubles after ``patience`` steps in a row whose gradients were finite, and halves after one whose were not;
-    that one is left out.
-
-    Attributes:
-        factor: now.
-        steps: finite steps since it last changed.
-
-    Source: Micikevicius et al. 1710.03740.
-    """
-
-    patience: ClassVar[int] = 2000
-
-    def __init__(self) -> None:
-        self.factor, self.steps = 2.0**16, 0
-
-    def accept(self, finite: bool) -> bool:
-        """Take note of a step's gradients; return whether to leave the step out.
-
-        Nothing is left out at a factor of 1 or less: then the gradients themselves are not finite.
-        """
-        if finite:
-            self.steps += 1
-            if self.steps == self.patience:
-                self.factor, self.steps = 2 * self.factor, 0
-            return False
-        if self.factor <= 1:
-            return False
-        self.factor, self.steps = self.factor / 2, 0
-        return True
-
-
-class Workers:
-    """The processes that share a batch: here one. ``sdeblend.finetune.workers`` has several.
-
-    Attributes:
-        index: this process.
-        count: number of processes.
-    """
-
-    index = 0
-    count = 1
-    # None, or what keeps small gradients in half precision.
-    scaler: LossScale | None = None
-
-    @property
-    def main(self) -> bool:
-        """Whether this process writes files and speaks to the user."""
-        return self.index == 0
-
-    def wait(self) -> None:
-        """Wait for the other processes."""
-
-    def rows(self, total: int) -> slice:
-        """Return the rows of this process in a batch of ``total``.
-
-        Raises:
-            ValueError: if the batch cannot be shared out evenly.
-        """
-        if total % self.count:
-            raise ValueError(f"{self.count} processes need a batch they divide, got {total}; change groups")
-        share = total // self.count
-        return slice(self.index * share, (self.index + 1) * share)
-
-    def add(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes."""
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all processes, in order."""
-        return tensor
+    def to_json(self) -> dict[str, object]:
+        """Return the settings by name as JSON has them: infinity, which no strict reader takes, is "inf"."""
+        return {name: "inf" if value == math.inf else value for name, value in self}
 
 
 @dataclass
@@ -194,30 +111,48 @@ class Trainer(ABC):
     Args:
         model: base and trainable difference.
         reward: one or several weighted rewards.
-        settings: see ``Settings``; a trainer may take a subclass with settings of its own.
-        workers: the processes that share each batch.
+        settings: of ``settings_class``.
+        processes: those that share each batch.
+        scale: keeps small gradients in half precision; None for gradients as they are.
+
+    Attributes:
+        name: as settings files have it.
+        settings_class: what it needs to know, with its defaults, presets and checks.
+        calibrated: whether ``kl_weight`` is the alpha of the optimum.
+        iteration: rounds done.
+        reward_calls: reward evaluations so far, of all processes: what users pay for.
     """
 
     name: ClassVar[str]
-    # Whether kl_weight is the alpha of the optimum.
+    settings_class: ClassVar[type[TrainerSettings]]
     calibrated: bool = True
 
     def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: Settings, workers: Workers | None = None
+        self,
+        model: Tunable,
+        reward: WeightedReward,
+        settings: TrainerSettings,
+        processes: Processes | None = None,
+        scale: LossScale | None = None,
     ) -> None:
+        if not isinstance(settings, self.settings_class):
+            wanted, given = self.settings_class.__name__, type(settings).__name__
+            raise TypeError(f"trainer {self.name!r} needs {wanted}, got {given}; make them by its settings_class")
         self.model, self.reward, self.settings = model, reward, settings
-        self.workers = workers or Workers()
+        self.processes, self.scale = processes or Processes(), scale
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = flat_parameters(model)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.average = [p.detach().clone() for p in self.parameters] if settings.ema_decay else None
-        self.chain = Chain.of(model, time_grid(model.schedule, settings.steps, settings.spacing))
+        self.grid = time_grid(model.schedule, settings.steps, settings.spacing)
         self.micro_batch = min(settings.micro_batch, model.graded_batch or settings.micro_batch)
-        self.iteration = 0
-        # Reward evaluations so far, of all processes: what users pay for.
-        self.reward_calls = 0
+        self.iteration = self.reward_calls = 0
+        self.prepare()
+
+    def prepare(self) -> None:  # noqa: B027 (a trainer may need nothing)
+        """Compute what the run needs besides; raise a ValueError for a model or settings it cannot do with."""
 
     @abstractmethod
     def iterate(self) -> Metrics:
@@ -231,20 +166,29 @@ class Trainer(ABC):
             FloatingPointError: samples, a loss or a gradient that is not finite.
         """
 
+    def conditions(self, generator: torch.Generator) -> Condition | None:
+        """Draw an iteration's conditions and return those of this process's rows."""
+        drawn = self.model.conditions(self.settings.groups, self.settings.group_size, generator)
+        return take(drawn, torch.arange(self.settings.total)[self.processes.rows(self.settings.total)])
+
     def draw(self) -> Batch:
         """Draw this iteration's conditions and noise and return this process's share of them."""
-        total = self.settings.total
-        rows = self.workers.rows(total)
-        condition = self.model.conditions(self.settings.groups, self.settings.group_size, self.generator)
-        noise = draw_noise(self.model, self.chain, rows, total, self.generator)
-        return Batch(take(condition, torch.arange(total)[rows]), noise, rows)
+        rows, condition = self.processes.rows(self.settings.total), self.conditions(self.generator)
+        noise = draw_noise(self.model, self.settings.steps, rows, self.settings.total, self.generator)
+        return Batch(condition, noise, rows)
 
-    def score(self, samples: Tensor, condition: Condition | None) -> Tensor:
+    def score(self, samples: Tensor, condition: Condition | None, *, graded: bool = False) -> Tensor:
         """Return the rewards of clean samples, (B,), in the dtype of the samples; counts the calls.
+
+        Args:
+            samples: (B, *event).
+            condition: of the B samples.
+            graded: whether gradients must reach the samples.
 
         Raises:
             FloatingPointError: for samples that are not finite, or whose squares are not: what a reward makes of them
                 is not its fault.
+            ValueError: for a reward without a gradient where one is needed.
         """
         seen = self.model.decode(samples)
         for words, values in (("samples", samples), ("decoded samples", seen)):
@@ -254,10 +198,16 @@ class Trainer(ABC):
                     f"{words} and their squares must stay finite, got others in {int(bad.sum())} of {len(bad)} in "
                     f"iteration {self.iteration + 1}; lower learning_rate or raise kl_weight"
                 )
-        self.reward_calls += len(samples) * self.workers.count
-        return self.reward(seen, condition).to(samples.dtype)
+        self.reward_calls += len(samples) * self.processes.count
+        value = self.reward(seen, condition)
+        if graded and not value.requires_grad:
+            raise ValueError(
+                "this trainer needs rewards that are differentiable in the sample, got one without a gradient; use the "
+                "regression trainer"
+            )
+        return value.to(samples.dtype)
 
-    def descend(self, rows: int, loss_of: Callable[[Tensor], Tensor], *, total: int | None = None) -> float:
+    def descend(self, rows: int, loss_of: Loss, *, total: int | None = None) -> float:
         """Take one optimiser step on the mean of a loss over the batch.
 
         Args:
@@ -271,26 +221,25 @@ class Trainer(ABC):
         Raises:
             FloatingPointError: if loss or gradient is not finite; the parameters are as they were.
         """
-        total = rows * self.workers.count if total is None else total
+        total = rows * self.processes.count if total is None else total
         self.optimizer.zero_grad(set_to_none=False)
         summed = torch.zeros((), dtype=torch.float64)
-        scaler = self.workers.scaler
-        scale = 1.0 if scaler is None else scaler.factor
+        factor = 1.0 if self.scale is None else self.scale.factor
         # A process may have none of a drawn subset of the rows; its gradient is then 0.
         for index in torch.arange(rows).split(self.micro_batch) if rows else ():
             loss = loss_of(index).sum() / total
-            (loss * scale).backward()
+            (loss * factor).backward()
             summed += loss.detach().double().cpu()
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.workers.add([*gradients, summed])
-        if scale != 1:
+        self.processes.add([*gradients, summed])
+        if factor != 1:
             for gradient in gradients:
-                gradient /= scale
+                gradient /= factor
         norm = torch.nn.utils.get_total_norm(gradients)
-        if scaler is not None and math.isfinite(float(summed)) and scaler.accept(math.isfinite(float(norm))):
+        if self.scale and math.isfinite(float(summed)) and self.scale.accept(math.isfinite(float(norm))):
             return float(summed)
         if not (math.isfinite(float(summed)) and math.isfinite(float(norm))):
             raise FloatingPointError(
@@ -309,7 +258,23 @@ class Trainer(ABC):
 
     def mean(self, values: Tensor) -> float:
         """Return the mean of one number a row, (B,), over all processes."""
-        return float(self.workers.gather(values.detach()).double().mean())
+        return float(self.processes.gather(values.detach()).double().mean())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averaged parameters for a while, if there is an average."""
+        own = [p.detach().clone() for p in self.parameters]
+        try:
+            self.set_parameters(self.average or own)
+            yield
+        finally:
+            self.set_parameters(own)
+
+    @torch.no_grad()
+    def set_parameters(self, values: Sequence[Tensor]) -> None:
+        """Set the model's parameters, in the order of their names."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def buffers(self) -> dict[str, Tensor]:
         """Return what a trainer keeps besides parameters and optimiser (value network, replay buffer), by name."""

@@ -1,4 +1,4 @@
-"""Several processes, GPUs or machines, and networks in half precision, by way of accelerate.
+"""What the processes of a run share of an optimiser step, and networks in half precision.
 
 Each process computes its rows of every batch (drawn whole by all, so that nothing depends on their number but the
 order of sums), gradients are added up, and the main process alone writes files. Every process starts from the same
@@ -9,52 +9,49 @@ Half precision is for the networks only: states, losses and parameters keep thei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Condition, Tunable
-from sdeblend.finetune.trainer import LossScale, Workers
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["no", "bf16", "fp16"]
+_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Distributed(Workers):
-    """The processes that ``accelerate launch`` started, or the only one.
+class LossScale:
+    """A factor on the loss that keeps gradients in half precision from vanishing, found while training.
 
-    Args:
-        accelerator: knows them.
-        precision: "no", "bf16" or "fp16"; the last scales the loss.
+    It doubles after ``patience`` steps in a row whose gradients were finite, and halves after one whose were not;
+    that one is left out.
+
+    Attributes:
+        factor: now.
+        steps: finite steps since it last changed.
+
+    Source: Micikevicius et al. 1710.03740.
     """
 
-    def __init__(self, accelerator: Accelerator, precision: str = "no") -> None:
-        self.accelerator = accelerator
-        self.index, self.count = accelerator.process_index, accelerator.num_processes
-        self.scaler = LossScale() if precision == "fp16" else None
+    patience: ClassVar[int] = 2000
 
-    def add(self, tensors: list[Tensor]) -> None:
-        if self.count == 1:
-            return
-        # One message a kind of number, not one a tensor.
-        for dtype in sorted({t.dtype for t in tensors}, key=str):
-            same = [t for t in tensors if t.dtype == dtype]
-            flat = torch.cat([t.detach().reshape(-1).to(self.accelerator.device) for t in same])
-            summed = self.accelerator.reduce(flat, reduction="sum")
-            for tensor, part in zip(same, summed.split([t.numel() for t in same]), strict=True):
-                tensor.detach().copy_(part.reshape(tensor.shape))
+    def __init__(self) -> None:
+        self.factor, self.steps = 2.0**16, 0
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        if self.count == 1:
-            return tensor
-        gathered: Tensor = self.accelerator.gather(tensor.detach().contiguous().to(self.accelerator.device))
-        return gathered.to(tensor.device)
+    def accept(self, finite: bool) -> bool:
+        """Take note of a step's gradients; return whether to leave the step out.
 
-    def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
+        Nothing is left out at a factor of 1 or less: then the gradients themselves are not finite.
+        """
+        if finite:
+            self.steps += 1
+            if self.steps == self.patience:
+                self.factor, self.steps = 2 * self.factor, 0
+            return False
+        if self.factor <= 1:
+            return False
+        self.factor, self.steps = self.factor / 2, 0
+        return True
 
 
 class HalfPrecision:
@@ -68,7 +65,7 @@ class HalfPrecision:
     def __init__(self, model: Tunable, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
     def tuned(self, x: Tensor, t: Tensor, condition: Condition | None, /) -> Tensor:
@@ -80,7 +77,7 @@ class HalfPrecision:
             return self._model.base(x, t, condition).to(x.dtype)
 
 
-def in_precision(model: Tunable, precision: str) -> Tunable:
+def in_precision(model: Tunable, precision: Precision) -> Tunable:
     """Return the model evaluated in "bf16" or "fp16", or as it is for "no".
 
     Raises:
@@ -88,7 +85,6 @@ def in_precision(model: Tunable, precision: str) -> Tunable:
     """
     if precision == "no":
         return model
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of no, {', '.join(PRECISIONS)}, got {precision!r}")
-    half: Any = HalfPrecision(model, PRECISIONS[precision])
-    return half
+    if precision not in _DTYPES:
+        raise ValueError(f"precision must be one of no, {', '.join(_DTYPES)}, got {precision!r}")
+    return cast(Tunable, HalfPrecision(model, _DTYPES[precision]))

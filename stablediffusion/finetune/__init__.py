@@ -1,6 +1,6 @@
 """Diffusers pipelines as what ``sdeblend finetune`` tunes."""
 
-from stablediffusion.finetune.backend import build, trainer_defaults
+from stablediffusion.finetune.backend import PipelineSettings
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 
-__all__ = ["Layers", "PipelineTunable", "build", "trainer_defaults"]
+__all__ = ["Layers", "PipelineSettings", "PipelineTunable"]

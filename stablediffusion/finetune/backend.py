@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 
-from sdeblend.config import REQUIRED, Spec, check_keys
-from sdeblend.finetune.model import Tunable
-from sdeblend.reward import RewardFunction
+from sdeblend.finetune.model import ModelSettings, Tunable
+from sdeblend.reward import Reward
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.rewards.scoring import image_rewards
@@ -36,50 +36,66 @@ from stablediffusion.scenes.captions import training_captions
 from stablediffusion.small.files import MODEL
 
 _Precision = Literal["float32", "bfloat16", "float16"]
-_OPTIONAL: Spec = {
-    "rewards": (dict, {}),
-    "rank": (int, 4),
-    "alpha": (float, None),
-    "layers": (list[Layers], ["attention"]),
-    "guidance": (float, 1.0),
-    "negative": (str, ""),
-    "embedded_guidance": (float, 3.5),
-    "height": (int, None),
-    "width": (int, None),
-    "checkpointing": (bool, False),
-    "batch": (int, 16),
-    "graded_batch": (int, None),
-    "decode_batch": (int, 8),
-    "dtype": (_Precision, "float32"),
-    "save_dtype": (_Precision, "float32"),
-}
-_PROMPTS = str | list[str]
-_DEFAULTS: Mapping[str, Any] = {"groups": 8, "group_size": 16, "batch": 512, "value_batch": 512, "buffer": 6400}
-_LARGE: Mapping[str, Any] = {"learning_rate": 1e-4, "recompute": True}
-_GIVEN: Spec = {"path": (str, REQUIRED), "prompts": (_PROMPTS, REQUIRED)} | dict(_OPTIONAL)
-_BUNDLED: Spec = {"prompts": (_PROMPTS, None)} | dict(_OPTIONAL)
+_DEFAULTS: Mapping[str, object] = {"groups": 8, "group_size": 16, "batch": 512, "value_batch": 512, "buffer": 6400}
+_LARGE: Mapping[str, object] = {"learning_rate": 1e-4, "recompute": True}
 
 
-def build(
-    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
-) -> tuple[Tunable, dict[str, RewardFunction]]:
-    """Build the pipeline with its adapter, and the rewards; see ``sdeblend.finetune.config.Builder``.
+class PipelineSettings(ModelSettings):
+    """The ``[model]`` table of a pipeline: besides those below, the arguments of ``PipelineTunable``.
 
-    Raises:
-        ValueError: a key that does not exist, a pipeline that cannot be read or tuned, an unknown reward.
+    Attributes:
+        path: folder or hub id; the bundled model if left out.
+        prompts: a file with one a line, or a list; captions as the bundled model was trained on if left out.
+        rewards: the learned rewards' models, see ``stablediffusion.rewards.scoring``.
+        dtype: of the networks.
     """
-    settings = check_keys(table, _GIVEN if "path" in table else _BUNDLED, file=file, section="[model]")
-    found: dict[str, RewardFunction] = {**image_rewards(rewards, settings.pop("rewards"), file=file, device=device)}
-    path, dtype = settings.pop("path", str(MODEL)), getattr(torch, settings.pop("dtype"))
-    pipe = load_pipeline(path, dtype, what=f"{file}: [model] path").to(device)
-    settings["save_dtype"] = getattr(torch, settings["save_dtype"])
-    prompts = settings.pop("prompts")
-    try:
-        return PipelineTunable(pipe, training_captions if prompts is None else prompts, seed=seed, **settings), found
-    except ValueError as error:
-        raise ValueError(f"{file}: [model] {error}") from error
 
+    path: str | None = None
+    prompts: str | tuple[str, ...] | None = None
+    rewards: dict[str, Any] = Field(default_factory=dict)
+    rank: int = 4
+    alpha: float | None = None
+    layers: tuple[Layers, ...] = ("attention",)
+    guidance: float = 1.0
+    negative: str = ""
+    embedded_guidance: float = 3.5
+    height: int | None = None
+    width: int | None = None
+    checkpointing: bool = False
+    batch: int = 16
+    graded_batch: int | None = None
+    decode_batch: int = 8
+    dtype: _Precision = "float32"
+    save_dtype: _Precision = "float32"
 
-def trainer_defaults(table: Mapping[str, Any], /) -> Mapping[str, Any]:
-    """Return the trainers' defaults for a ``[model]`` table; see the module's docstring."""
-    return {**_DEFAULTS, **(_LARGE if "path" in table else {})}
+    @model_validator(mode="after")
+    def _with_prompts(self) -> Self:
+        if self.path is not None and self.prompts is None:
+            raise ValueError("prompts is missing; give a string or a list of strings, as path names another model")
+        return self
+
+    def build(
+        self, rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+    ) -> tuple[Tunable, dict[str, Reward]]:
+        """Build the pipeline with its adapter, and the rewards; see ``ModelSettings``.
+
+        Raises:
+            ValueError: a pipeline that cannot be read or tuned, an unknown reward.
+        """
+        found = {
+            name: Reward(name, reward.function, reward.differentiable, reward.unit)
+            for name, reward in image_rewards(rewards, self.rewards, file=file, device=device).items()
+        }
+        pipe = load_pipeline(self.path or str(MODEL), getattr(torch, self.dtype), what=f"{file}: [model] path")
+        arguments = dict(self) | {"save_dtype": getattr(torch, self.save_dtype)}
+        for key in ("path", "prompts", "rewards", "dtype"):
+            del arguments[key]
+        prompts = training_captions if self.prompts is None else self.prompts
+        try:
+            return PipelineTunable(pipe.to(device), prompts, seed=seed, **arguments), found
+        except ValueError as error:
+            raise ValueError(f"{file}: [model] {error}") from error
+
+    def trainer_defaults(self) -> Mapping[str, object]:
+        """Return the trainers' defaults; see the module's docstring."""
+        return {**_DEFAULTS, **({} if self.path is None else _LARGE)}

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear
-from sdeblend.config import check_keys
-from sdeblend.finetune.chain import Chain
+from sdeblend.finetune.model import ModelSettings
 from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.finetune.trainers.policy import KL, StepWeights
-from sdeblend.io import write_atomically
-from sdeblend.reward import WeightedReward
+from sdeblend.reward import Reward, WeightedReward
+from sdeblend.score import conversion
+from sdeblend.shell.files import write_atomically
+from sdeblend.steps import Ancestral
 
 
 class Prompts:
@@ -92,10 +93,25 @@ def quadratic(b: float = 1.0, q: float = 0.0, **prompts: float) -> WeightedRewar
     return WeightedReward({"r": reward})
 
 
+class Chain:
+    """The ancestral chain on a grid: x_{k+1} = P x_k + Q out(x_k) + G z, float64 (n,) each; the last G is 0."""
+
+    def __init__(self, model: Line, grid: Tensor) -> None:
+        a, b, self.g = torch.tensor(
+            [(move.a, move.b, move.g) for move in Ancestral().plan(model.schedule, grid)], dtype=torch.float64
+        ).T
+        p, q = conversion(model.schedule, grid[:-1], "eps", "score")
+        self.grid, self.p, self.q = grid, a + b * p, b * q
+
+    def mean(self, x: Tensor, prediction: Tensor, k: Tensor) -> Tensor:
+        """Return the mean of steps k from states and predictions (B, d)."""
+        return self.p[k, None].to(x) * x + self.q[k, None].to(x) * prediction
+
+
 def cost_of(model: Line, chain: Chain, kl: KL) -> Tensor:
     """Return the KL of each of the n steps over |eps - eps_base|^2, (n,)."""
-    cost = StepWeights.of(model, chain, kl).cost
-    return torch.nn.functional.pad(cost, (0, len(chain) - len(cost)))
+    cost = StepWeights.of(model, chain.grid, kl).cost
+    return torch.nn.functional.pad(cost, (0, len(chain.p) - len(cost)))
 
 
 def objective(
@@ -150,19 +166,23 @@ def best(model: Line, chain: Chain, kl: KL, kl_weight: float, b: float, q: float
     return theta
 
 
-def build(
-    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
-) -> tuple[Line, dict[str, Any]]:
-    """Build a line and its rewards, as a backend does."""
-    settings = check_keys(
-        table, {"mean": (float, 0.3), "dim": (int, 1), "prompts": (list[str], [])}, file=file, section="[model]"
-    )
-    known = {"up": quadratic(1.0).rewards["r"], "near": quadratic(0.0, 1.0).rewards["r"], "odd": odd, "nan": broken}
-    for name in rewards:
-        if name not in known:
-            raise ValueError(f"{file}: [rewards] knows {', '.join(known)}, got {name!r}")
-    model = Line(settings["mean"], 1.0, settings["dim"], tuple(settings["prompts"]))
-    return model, {name: known[name] for name in rewards}
+class LineSettings(ModelSettings):
+    """The ``[model]`` table of a line."""
+
+    mean: float = 0.3
+    dim: int = 1
+    prompts: tuple[str, ...] = ()
+
+    def build(
+        self, rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+    ) -> tuple[Any, dict[str, Reward]]:
+        """Build a line and its rewards, as a backend does."""
+        known = {"up": quadratic(1.0).rewards["r"], "near": quadratic(0.0, 1.0).rewards["r"],
+                 "odd": Reward("odd", odd), "nan": Reward("nan", broken)}  # fmt: skip
+        for name in rewards:
+            if name not in known:
+                raise ValueError(f"{file}: [rewards] knows {', '.join(known)}, got {name!r}")
+        return Line(self.mean, 1.0, self.dim, self.prompts), {name: known[name] for name in rewards}
 
 
 def odd(x: Tensor, condition: Any) -> Tensor:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sdeblend.finetune.config import trainer_of
 from sdeblend.finetune.run import train
-from sdeblend.finetune.trainer import Workers
-from sdeblend.finetune.workers import Distributed
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.processes import Launched, Processes
 from tests.support.finetune_models import Line, quadratic
 
 PROMPTS = {"a red circle": 0.0, "a blue square": 2.0}
@@ -25,13 +24,14 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, workers: Workers | None = None, model: str = "line", **changes: Any) -> Any:
+def make(name: str, processes: Processes | None = None, model: str = "line", **changes: Any) -> Any:
     """Return a small trainer on a line with prompts, a mixture, or a tiny random pipeline."""
-    kind, settings = trainer_of(name)
+    kind = TRAINERS[name]
     tunable, reward = {"line": line, "mixture": mixture, "pipeline": pipeline}[model]()
     few = {"groups": 2, "group_size": 2, "steps": 3} if model == "pipeline" else {}
     common = {"kl_weight": 0.5, "groups": 4, "group_size": 8, "steps": 6} | few
-    return kind(tunable, reward, settings(**(common | OWN.get(name, {}) | changes)), workers)
+    settings = kind.settings_class(**(common | OWN.get(name, {}) | changes))
+    return kind(tunable, reward, settings, processes)
 
 
 def line() -> tuple[Any, WeightedReward]:
@@ -74,8 +74,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=arguments.folder)
-    trainer = make(arguments.trainer, Distributed(accelerator), arguments.model)
-    folder = arguments.folder / str(trainer.workers.index) if arguments.apart else arguments.folder
+    trainer = make(arguments.trainer, Launched(accelerator.state), arguments.model)
+    folder = arguments.folder / str(trainer.processes.index) if arguments.apart else arguments.folder
     if arguments.kill:
         kill_at(trainer, *arguments.kill.split(":"))
     train(

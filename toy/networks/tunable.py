@@ -5,7 +5,7 @@
 * a ``Network`` pre-trained on the mixture, tuned by a low-rank difference: the small image of a LoRA on a UNet;
 * the exact eps of the mixture, tuned by a residual network that starts at zero: then nothing but the trainer errs.
 
-``build`` is the backend ``kind = "mixture"`` of ``sdeblend finetune``:
+``MixtureSettings`` is the backend ``kind = "mixture"`` of ``sdeblend finetune``:
 
     [model]
     kind = "mixture"
@@ -22,18 +22,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from sdeblend.config import REQUIRED, Spec, check_keys
-from sdeblend.finetune.model import Condition
-from sdeblend.finetune.reward import Reward
+from sdeblend.finetune.model import ModelSettings
 from sdeblend.finetune.state import safetensors_bytes
-from sdeblend.io import write_atomically
+from sdeblend.reward import Condition, Reward
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import Parametrisation
+from sdeblend.shell.files import write_atomically
+from sdeblend.shell.settings import OneOf
 from toy.mixtures.mixture import GaussianMixture
 from toy.mixtures.rewards import QuadraticReward
 from toy.networks.network import (
@@ -46,19 +47,6 @@ from toy.networks.network import (
     save_network,
 )
 from toy.problems import PROBLEMS
-
-_NAMES: Any = Literal[tuple(PROBLEMS)]
-_SCHEDULES: Any = Literal[tuple(SCHEDULES)]
-_BASES: Any = Literal["network", "exact"]
-_TABLE: Spec = {
-    "problem": (_NAMES, REQUIRED),
-    "base": (_BASES, "network"),
-    "network": (str, None),
-    "pretrain_steps": (int, 3000),
-    "rank": (int, 8),
-    "width": (int, 128),
-    "schedule": (_SCHEDULES, "vp-linear"),
-}
 
 
 class ExactEps(nn.Module):
@@ -218,38 +206,52 @@ class TunedScore:
             return (-self.predict(x.float(), times) / float(self.model.schedule.sigma(t))).to(x.dtype)
 
 
-def reward_of(quadratic: QuadraticReward) -> Reward:
+def reward_of(quadratic: QuadraticReward, name: str = "quadratic") -> Reward:
     """Return a quadratic reward as trainers call it, (samples, condition) -> (B,)."""
-    return lambda samples, condition: quadratic(samples)
+    return Reward(name, lambda samples, condition: quadratic(samples))
 
 
-def build(
-    table: Mapping[str, Any], rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
-) -> tuple[MixtureTunable, dict[str, Reward]]:
-    """Build the model of a ``[model]`` table and its rewards; see ``sdeblend.finetune.config.Builder``.
+class MixtureSettings(ModelSettings):
+    """The ``[model]`` table of a mixture.
 
-    Raises:
-        ValueError: for a key, a problem or a reward that does not exist, or weights of another network.
+    Attributes:
+        problem: of ``toy.problems``; its rewards are those to choose from.
+        base: a pre-trained network, or the exact eps.
+        network: file of pre-trained weights; pre-trained and written there if there are none.
+        pretrain_steps: of the network.
+        rank: of the low-rank differences.
+        width: of the networks' layers.
+        schedule: the forward process.
     """
-    settings = check_keys(table, _TABLE, file=file, section="[model]")
-    for key in ("pretrain_steps", "rank", "width"):
-        if settings[key] < 1:
-            raise ValueError(f"{file}: [model] {key} must be at least 1, got {settings[key]}")
-    problem, schedule = PROBLEMS[settings["problem"]](), SCHEDULES[settings["schedule"]]()
-    for name in rewards:
-        if name not in problem.rewards:
-            raise ValueError(f"{file}: [rewards] {problem.name} has {', '.join(problem.names)}, got {name!r}")
-    network = None
-    if settings["base"] == "network":
-        network = for_mixture(problem.base, schedule, seed=0, width=settings["width"])
-        place = settings["network"]
-        if place is not None and Path(place).exists():
-            load_network(network, place)
-        else:
-            pretrain(network, problem.base, steps=settings["pretrain_steps"])
-            if place is not None:
-                save_network(network, place)
-    model = MixtureTunable(
-        problem.base, schedule, network, rank=settings["rank"], width=settings["width"], seed=seed
-    )
-    return model, {name: reward_of(problem.rewards[name]) for name in rewards}
+
+    problem: Annotated[str, OneOf(PROBLEMS)]
+    base: Literal["network", "exact"] = "network"
+    network: str | None = None
+    pretrain_steps: int = Field(default=3000, ge=1)
+    rank: int = Field(default=8, ge=1)
+    width: int = Field(default=128, ge=1)
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "vp-linear"
+
+    def build(
+        self, rewards: Sequence[str], /, *, file: Path, seed: int, device: torch.device
+    ) -> tuple[MixtureTunable, dict[str, Reward]]:
+        """Build the model and its rewards; see ``ModelSettings``.
+
+        Raises:
+            ValueError: for a reward that does not exist, or weights of another network.
+        """
+        problem, schedule = PROBLEMS[self.problem](), SCHEDULES[self.schedule]()
+        for name in rewards:
+            if name not in problem.rewards:
+                raise ValueError(f"{file}: [rewards] {problem.name} has {', '.join(problem.names)}, got {name!r}")
+        network = None
+        if self.base == "network":
+            network = for_mixture(problem.base, schedule, seed=0, width=self.width)
+            if self.network is not None and Path(self.network).exists():
+                load_network(network, self.network)
+            else:
+                pretrain(network, problem.base, steps=self.pretrain_steps)
+                if self.network is not None:
+                    save_network(network, self.network)
+        model = MixtureTunable(problem.base, schedule, network, rank=self.rank, width=self.width, seed=seed)
+        return model, {name: reward_of(problem.rewards[name], name) for name in rewards}

@@ -24,60 +24,45 @@ Source: Domingo-Enrich et al. 2409.08861, algorithm 1 and proposition 7; the sec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from sdeblend.finetune.model import Condition, Tunable, converted, per_row, take
-from sdeblend.finetune.paths import charges, draw_states, plan
-from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
-from sdeblend.finetune.trainers.backprop import check_differentiable
-from sdeblend.reward import WeightedReward
+from sdeblend.finetune.model import Condition, per_row, take
+from sdeblend.finetune.paths import MULTISTEP, charges, draw_states, evaluated
+from sdeblend.finetune.trainer import Batch, Metrics, Trainer, TrainerSettings
 
 
-@dataclass(frozen=True)
-class AdjointSettings(Settings):
+class AdjointSettings(TrainerSettings):
     """What adjoint matching needs besides.
 
     Attributes:
         share: fraction of each path's steps that are regressed on, spread evenly along it; at least one is. Most of
             the noise is the paths', so that many of them at a small share learn more than a few at 1.
         ema_decay: as every trainer's; the strength of the last parameters wanders by a tenth.
-
-    Raises:
-        ValueError: for a share outside (0, 1].
     """
 
-    share: float = 1.0
-    ema_decay: float = 0.98
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must lie within (0, 1], got {self.share}; 1 regresses on every step")
+    share: float = Field(default=1.0, gt=0, le=1)
+    ema_decay: float = Field(default=0.98, ge=0, lt=1)
 
 
 class AdjointMatching(Trainer):
-    """The adjoint matching trainer; arguments as ``Trainer``, with ``AdjointSettings``."""
+    """The adjoint matching trainer; arguments as ``Trainer``."""
 
-    name: ClassVar[str] = "adjoint"
+    name = "adjoint"
+    settings_class = AdjointSettings
     settings: AdjointSettings
 
-    def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: AdjointSettings, workers: Workers | None = None
-    ) -> None:
-        super().__init__(model, reward, settings, workers)
-        self.moves = plan(model, self.chain.grid)
-        self.charges = charges(model, self.moves)
+    def prepare(self) -> None:
+        self.moves = MULTISTEP.plan(self.model.schedule, self.grid)
+        self.charges = charges(self.model.schedule, self.grid)
 
     def iterate(self) -> Metrics:
         batch, parts = self.draw(), []
         for index in torch.arange(batch.noise.shape[1]).split(self.micro_batch):
             condition = take(batch.condition, index)
             with torch.no_grad():
-                states = draw_states(self.model, self.moves, batch.noise[:, index], condition)
+                states = draw_states(self.model, MULTISTEP, self.grid, batch.noise[:, index], condition)
             parts.append((states[:-1], *self.carry_back(states, condition)))
         states, base, pulls = (torch.cat([part[i] for part in parts], 1) for i in (0, 1, 2))
         loss, kl = self.fit(states, base, pulls, batch)
@@ -96,8 +81,7 @@ class AdjointMatching(Trainer):
         """
         end = states[-1].detach().requires_grad_()
         with torch.enable_grad():
-            reward = self.score(end, condition)
-            check_differentiable(reward)
+            reward = self.score(end, condition, graded=True)
             (gradient,) = torch.autograd.grad(reward.sum(), end)
         adjoint, beyond = -gradient / self.settings.kl_weight, torch.zeros_like(gradient)
         scores, pulls = [], []
@@ -106,7 +90,7 @@ class AdjointMatching(Trainer):
             x = states[k].detach().requires_grad_()
             times = move.t.expand(len(x))
             with torch.enable_grad():
-                score = converted(self.model, self.model.base(x, times, condition).to(x.dtype), x, times, "score")
+                score = evaluated(self.model, self.model.base, x, times, condition)[1]
             pull = move.b * adjoint + c * move.q * beyond
             (turned,) = torch.autograd.grad(score, x, pull)
             scores.append(score.detach())
@@ -123,13 +107,13 @@ class AdjointMatching(Trainer):
         steps = ((torch.arange(count)[:, None] + draw) / count * n).long().flatten()
         owner = torch.arange(rows).repeat(count)
         costs = torch.zeros(len(steps))
-        t, root = torch.stack([move.t for move in self.moves]), self.charges.sqrt()
+        t, root = self.grid, self.charges.sqrt()
 
         def loss_of(index: Tensor) -> Tensor:
             k, i = steps[index], owner[index]
             x = states[k, i]
-            out = self.model.tuned(x, t[k], take(batch.condition, i)).to(x.dtype)
-            scaled = per_row(root[k], x) * (converted(self.model, out, x, t[k], "score") - base[k, i])
+            score = evaluated(self.model, self.model.tuned, x, t[k], take(batch.condition, i))[1]
+            scaled = per_row(root[k], x) * (score - base[k, i])
             costs[index] = scaled.detach().square().flatten(1).sum(1).cpu().float() / 2
             return (scaled + pulls[k, i] / per_row(root[k], x)).square().flatten(1).sum(1) / 2
 

@@ -15,20 +15,18 @@ Source: Clark et al. 2309.17400 (DRaFT); Prabhudesai et al. 2310.03739 (AlignPro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.paths import follow, plan
-from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
-from sdeblend.reward import WeightedReward
+from sdeblend.finetune.model import take
+from sdeblend.finetune.paths import follow
+from sdeblend.finetune.trainer import Metrics, Trainer, TrainerSettings
 
 
-@dataclass(frozen=True)
-class BackpropSettings(Settings):
+class BackpropSettings(TrainerSettings):
     """What back-propagation needs besides.
 
     Attributes:
@@ -36,34 +34,29 @@ class BackpropSettings(Settings):
         random: draw K from 1 to ``last`` (or all) each iteration.
         recompute: evaluate networks twice and keep no activations: memory of one step in place of K.
         ema_decay: as every trainer's; the strength of the last parameters wanders by a tenth.
-
-    Raises:
-        ValueError: for ``last`` outside 0 to the number of steps.
     """
 
-    last: int = 0
+    last: int = Field(default=0, ge=0)
     random: bool = False
     recompute: bool = False
-    ema_decay: float = 0.98
+    ema_decay: float = Field(default=0.98, ge=0, lt=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.last <= self.steps:
+    @model_validator(mode="after")
+    def _of_the_steps(self) -> Self:
+        if self.last > self.steps:
             raise ValueError(f"last must lie within 0 (all) and the {self.steps} steps, got {self.last}")
+        return self
 
 
 class RewardBackprop(Trainer):
-    """The back-propagation trainer; arguments as ``Trainer``, with ``BackpropSettings``."""
+    """The back-propagation trainer; arguments as ``Trainer``."""
 
-    name: ClassVar[str] = "backprop"
+    name = "backprop"
+    settings_class = BackpropSettings
     settings: BackpropSettings
 
-    def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: BackpropSettings, workers: Workers | None = None
-    ) -> None:
-        super().__init__(model, reward, settings, workers)
-        self.moves = plan(model, self.chain.grid)
-        self.calibrated = not settings.random and settings.last in (0, settings.steps)
+    def prepare(self) -> None:
+        self.calibrated = not self.settings.random and self.settings.last in (0, self.settings.steps)
 
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()
@@ -75,22 +68,12 @@ class RewardBackprop(Trainer):
 
         def loss_of(index: Tensor) -> Tensor:
             condition = take(batch.condition, index)
-            run = follow(self.model, self.moves, batch.noise[:, index], condition, keep=keep,
-                         recompute=settings.recompute)  # fmt: skip
-            reward = self.score(run.samples, condition)
-            check_differentiable(reward)
+            noise = batch.noise[:, index]
+            run = follow(self.model, self.grid, noise, condition, keep=keep, recompute=settings.recompute)
+            reward = self.score(run.samples, condition, graded=True)
             rewards[index], kls[index] = reward.detach().cpu().float(), run.kl.detach().cpu().float()
             return run.kl - reward / settings.kl_weight
 
         loss = self.descend(rows, loss_of)
         self.iteration += 1
         return {"reward": self.mean(rewards), "kl": self.mean(kls), "loss": loss}
-
-
-def check_differentiable(reward: Tensor) -> None:
-    """Raise a ValueError unless a reward carries a gradient."""
-    if not reward.requires_grad:
-        raise ValueError(
-            "this trainer needs rewards that are differentiable in the sample, got one without a gradient; use the "
-            "regression trainer"
-        )

@@ -13,95 +13,57 @@ Source: Black et al. 2305.13301; Schulman et al. 1707.06347; Kool et al. 2019 (l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
-from sdeblend.finetune.trainers.policy import KL, Loss, Paths, StepWeights, clipped, follow
-from sdeblend.reward import WeightedReward
+from sdeblend.finetune.model import take
+from sdeblend.finetune.trainer import Loss, Metrics
+from sdeblend.finetune.trainers.policy import Paths, PolicySettings, PolicyTrainer
 
 
-@dataclass(frozen=True)
-class DDPOSettings(Settings):
-    """Settings of DDPO beside those of every trainer.
-
-    Attributes:
-        clip: how far the likelihood ratio of a step may leave 1 before it is held there.
-        updates: optimiser steps an iteration, each on its share of the steps of all paths.
-        kl: which KL ``kl_weight`` weighs, "process" or "chain"; see ``trainers.policy``.
-
-    Raises:
-        ValueError: for a value outside its range.
-    """
-
-    clip: float = 0.2
-    updates: int = 4
-    kl: KL = "process"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip must lie within (0, 1), got {self.clip}; 0.2 is usual")
-        if self.updates < 1:
-            raise ValueError(f"updates must be at least 1, got {self.updates}")
+class DDPOSettings(PolicySettings):
+    """What DDPO needs: what policy gradients do; each of its updates has its share of the steps of all paths."""
 
 
-class DDPO(Trainer):
-    """PPO on the denoising chain with the exact KL to the base."""
+class DDPO(PolicyTrainer):
+    """PPO on the denoising chain with the exact KL to the base; arguments as ``Trainer``."""
 
-    name: ClassVar[str] = "ddpo"
+    name = "ddpo"
+    settings_class = DDPOSettings
     settings: DDPOSettings
 
-    def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: DDPOSettings, workers: Workers | None = None
-    ) -> None:
-        super().__init__(model, reward, settings, workers)
-        self.weights = StepWeights.of(model, self.chain, settings.kl)
-
     def iterate(self) -> Metrics:
-        paths = follow(self, self.weights)
-        returns = self.returns(paths)
-        steps = len(self.weights)
-        order = torch.randperm(self.settings.total * steps, generator=self.generator)
-        held, losses = torch.zeros(1), []
+        paths = self.draw_paths()
+        returns, losses = self.returns(paths), []
+        order = torch.randperm(self.settings.total * len(self.weights), generator=self.generator)
         for chosen in order.chunk(self.settings.updates):
             row, k = paths.own(chosen)
-            losses.append(self.descend(len(row), self._loss(paths, returns, row, k, held), total=len(chosen)))
-        self.workers.add([held])
+            losses.append(self.descend(len(row), self._loss(paths, returns, row, k), total=len(chosen)))
         self.iteration += 1
         return {
             "reward": self.mean(paths.rewards),
             "kl": self.mean(paths.kl),
             "loss": sum(losses) / len(losses),
-            "clipped": float(held) / len(order),
+            "clipped": self.clipped_share(len(order)),
         }
 
     def returns(self, paths: Paths) -> Tensor:
         """Return A_k of each step, (B, m): without the other samples' mean, for this process's rows."""
         other = paths.cost.sum(1, keepdim=True) - paths.cost
-        returns = self.workers.gather(paths.rewards[:, None] - self.settings.kl_weight * other)
+        returns = self.processes.gather(paths.rewards[:, None] - self.settings.kl_weight * other)
         size = self.settings.group_size
         groups = returns.reshape(self.settings.groups, size, -1)
         # A sample's distance to the mean of the others is size / (size - 1) of that to the mean of all.
         centred = (groups - groups.mean(1, keepdim=True)) * (size / (size - 1))
         return centred.flatten(0, 1)[paths.rows]
 
-    def _loss(self, paths: Paths, returns: Tensor, row: Tensor, k: Tensor, held: Tensor) -> Loss:
-        """Return the loss of chosen steps, a path's sum over its steps on average; counts the clipped ones."""
+    def _loss(self, paths: Paths, returns: Tensor, row: Tensor, k: Tensor) -> Loss:
+        """Return the loss of chosen steps, a path's sum over its steps on average."""
 
         def loss(index: Tensor) -> Tensor:
             i, step = row[index], k[index]
-            tuned = self.model.tuned(paths.states[i, step], self.chain.times(step), take(paths.condition, i))
-            ratio = self.weights.log_ratio(
-                tuned - paths.predictions[i, step], paths.noise[i, step], step
-            ).exp()
-            held.add_(((ratio.detach() - 1).abs() > self.settings.clip).sum().cpu())
-            gain = clipped(ratio, returns[i, step], self.settings.clip)
-            kl = self.weights.kl(tuned - paths.base[i, step], step)
-            return len(self.weights) * (self.settings.kl_weight * kl - gain)
+            steps = paths.steps.at(i, step)
+            tuned = self.model.tuned(steps.states, self.grid[step], take(paths.condition, i))
+            return self.surrogate(tuned, steps, step, returns[i, step])
 
         return loss

@@ -21,97 +21,76 @@ Source: Fan et al. 2305.16381 and its code; Schulman et al. 1707.06347.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from types import MappingProxyType
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from sdeblend.finetune.model import Tunable, take
-from sdeblend.finetune.trainer import Metrics, Settings, Trainer, Workers
-from sdeblend.finetune.trainers.policy import KL, Loss, StepWeights, clipped, follow
+from sdeblend.finetune.model import take
+from sdeblend.finetune.trainer import Loss, Metrics
+from sdeblend.finetune.trainers.policy import PolicySettings, PolicyTrainer, Steps, StepWeights
 from sdeblend.finetune.trainers.replay import Replay
 from sdeblend.finetune.trainers.value import Value
-from sdeblend.reward import WeightedReward
 from sdeblend.score import conversion
 
-Mode = Literal["exact", "published"]
 
-
-@dataclass(frozen=True)
-class DPOKSettings(Settings):
-    """Settings of DPOK beside those of every trainer; the defaults are of "exact", ``presets`` has the others.
+class DPOKSettings(PolicySettings):
+    """What DPOK needs besides; the defaults are of "exact", and ``PUBLISHED`` has those of the other mode.
 
     Attributes:
         mode: "exact", where ``kl_weight`` is the theory's alpha, or "published", where it is a weight on eps.
-        kl: which KL "exact" weighs, "process" or "chain"; see ``trainers.policy``.
-        clip: how far the likelihood ratio may leave 1.
         reward_weight: factor of the reward; 1 in "exact", whose ``kl_weight`` says it all.
         buffer: steps kept, first in, first out, over all processes.
-        updates: optimiser steps of the policy an iteration.
-        batch: steps drawn for each of them.
+        batch: steps drawn for each update.
         value_updates, value_batch, value_rate: the same of the value function, and its learning rate.
-
-    Raises:
-        ValueError: for a value outside its range.
     """
 
-    least_group: ClassVar[int] = 1
     # 6 prompts x 1 image, 12 x 2 steps accumulated.
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "published": {
-            "kl_weight": 0.1, "reward_weight": 1000.0, "clip": 1e-4, "clip_norm": 0.1, "learning_rate": 1e-5,
-            "groups": 6, "group_size": 1, "steps": 50, "spacing": "uniform", "buffer": 1000, "updates": 5,
-            "batch": 24, "value_updates": 5, "value_batch": 256, "value_rate": 1e-4,
-        }
-    }  # fmt: skip
+    PUBLISHED: ClassVar[Mapping[str, object]] = MappingProxyType({
+        "kl_weight": 0.1, "reward_weight": 1000.0, "clip": 1e-4, "clip_norm": 0.1, "learning_rate": 1e-5,
+        "groups": 6, "group_size": 1, "steps": 50, "spacing": "uniform", "buffer": 1000, "updates": 5,
+        "batch": 24, "value_updates": 5, "value_batch": 256, "value_rate": 1e-4,
+    })  # fmt: skip
 
-    mode: Mode = "exact"
-    kl: KL = "process"
-    clip: float = 0.2
-    reward_weight: float = 1.0
-    buffer: int = 40_000
-    updates: int = 8
-    batch: int = 4096
-    value_updates: int = 8
-    value_batch: int = 4096
-    value_rate: float = 3e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode not in ("exact", "published"):
-            raise ValueError(f"mode must be 'exact' or 'published', got {self.mode!r}")
-        if not 0 < self.clip < 1:
-            raise ValueError(f"clip must lie within (0, 1), got {self.clip}; 0.2 is usual, the published value 1e-4")
-        for name in ("buffer", "updates", "batch", "value_updates", "value_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("reward_weight", "value_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.mode == "exact" and self.reward_weight != 1:
-            raise ValueError(f"reward_weight must be 1 with mode = 'exact', got {self.reward_weight}; set kl_weight")
+    mode: Literal["exact", "published"] = "exact"
+    # The value function is what it compares with.
+    group_size: int = Field(default=256, ge=1)
+    reward_weight: float = Field(default=1.0, gt=0)
+    buffer: int = Field(default=40_000, ge=1)
+    updates: int = Field(default=8, ge=1)
+    batch: int = Field(default=4096, ge=1)
+    value_updates: int = Field(default=8, ge=1)
+    value_batch: int = Field(default=4096, ge=1)
+    value_rate: float = Field(default=3e-3, gt=0)
 
     @classmethod
-    def published(cls, **changes: Any) -> DPOKSettings:
-        """Return the published settings with changes."""
-        return cls(**{"mode": "published", **cls.presets["published"], **changes})
+    def preset(cls, given: Mapping[str, object], /) -> Mapping[str, object]:
+        return cls.PUBLISHED if given.get("mode") == "published" else {}
+
+    @model_validator(mode="after")
+    def _of_the_mode(self) -> Self:
+        if self.mode == "exact" and self.reward_weight != 1:
+            raise ValueError(f"reward_weight must be 1 with mode = 'exact', got {self.reward_weight}; set kl_weight")
+        return self
 
 
-class DPOK(Trainer):
-    """Policy gradient with replay and a value function."""
+class DPOK(PolicyTrainer):
+    """Policy gradient with replay and a value function; arguments as ``Trainer``."""
 
-    name: ClassVar[str] = "dpok"
+    name = "dpok"
+    settings_class = DPOKSettings
     settings: DPOKSettings
 
-    def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: DPOKSettings, workers: Workers | None = None
-    ) -> None:
-        super().__init__(model, reward, settings, workers)
+    def prepare(self) -> None:
+        super().prepare()
+        model, settings = self.model, self.settings
         self.exact = self.calibrated = settings.mode == "exact"
-        self.weights = StepWeights.of(model, self.chain, settings.kl if self.exact else "chain")
+        if not self.exact:
+            self.weights = StepWeights.of(model, self.grid, "chain")
         # |eps - eps_base|^2 over the square of the prediction's difference.
-        self.eps = conversion(model.schedule, self.chain.grid[:-1], model.prediction, "eps")[1].square()
+        self.eps = conversion(model.schedule, self.grid[:-1], model.prediction, "eps")[1].square()
         self.dimension = torch.Size(model.event).numel()
         self.value = Value(self.dimension, settings.value_rate, settings.seed, model.device)
         self.replay = Replay(settings.buffer, len(self.weights))
@@ -122,29 +101,28 @@ class DPOK(Trainer):
         Its two gradients at ratio 1 are reward_weight / D times that of A log p and kl_weight / D times that of
         |eps - eps_base|^2; the theory's are once the first and alpha times that of the step's exact KL.
         """
-        chain = StepWeights.of(self.model, self.chain, "chain")
+        chain = StepWeights.of(self.model, self.grid, "chain")
         return self.settings.kl_weight / self.settings.reward_weight * self.eps[:-1] / chain.cost
 
     def iterate(self) -> Metrics:
         state = self.generator.get_state()
-        paths = follow(self, self.weights)
+        paths = self.draw_paths()
         later = paths.cost.flip(1).cumsum(1).flip(1) - paths.cost
         weight = self.settings.kl_weight if self.exact else 0.0
         self.replay.add(paths, paths.rewards[:, None] - weight * later, state)
         # The value function first: the policy's advantages are against it.
         value_loss = self._fit_value()
-        held, losses = torch.zeros(1), []
+        losses = []
         for _ in range(self.settings.updates):
             chosen = self.replay.draw(self.settings.batch, self.settings.total, self.generator)
             mine = self.replay.own(chosen, self.settings.total)
-            losses.append(self.descend(len(mine), self._loss(mine, held), total=self.settings.batch))
-        self.workers.add([held])
+            losses.append(self.descend(len(mine), self._loss(mine), total=self.settings.batch))
         self.iteration += 1
         return {
             "reward": self.mean(paths.rewards),
             "kl": self.mean(paths.kl),
             "loss": sum(losses) / len(losses),
-            "clipped": float(held) / (self.settings.updates * self.settings.batch),
+            "clipped": self.clipped_share(self.settings.updates * self.settings.batch),
             "value_loss": value_loss,
         }
 
@@ -154,40 +132,34 @@ class DPOK(Trainer):
         for _ in range(self.settings.value_updates):
             chosen = self.replay.draw(self.settings.value_batch, self.settings.total, self.generator)
             steps = self.replay.take(self.replay.own(chosen, self.settings.total))
-            times = self.chain.times(steps.k) / self.chain.grid[0]
-            loss = self.value.fit(steps, times, len(chosen), self.workers)
+            times = self.grid[steps.k] / self.grid[0]
+            loss = self.value.fit(steps, times, len(chosen), self.processes)
         return loss
 
-    def _loss(self, mine: Tensor, held: Tensor) -> Loss:
-        """Return the loss of these steps of the buffer; counts those whose ratio is held."""
+    def _loss(self, mine: Tensor) -> Loss:
+        """Return the loss of these steps of the buffer."""
 
         def loss(index: Tensor) -> Tensor:
-            s = self.replay.take(mine[index])
-            t = self.chain.times(s.k)
-            tuned = torch.cat([
-                self.model.tuned(s.states[part], t[part], take(condition, rows)) for part, condition, rows in s.pieces
-            ])
-            ratio = self.weights.log_ratio(tuned - s.predictions, s.noise, s.k)
-            advantage = s.returns - self.value(s.states, t / self.chain.grid[0], s.prompts).to(s.returns)
-            if not self.exact:
-                return self._published(tuned - s.base, (ratio / self.dimension).exp(), advantage, s.k, held)
-            ratio = ratio.exp()
-            held.add_(((ratio.detach() - 1).abs() > self.settings.clip).sum().cpu())
-            gain = clipped(ratio, advantage, self.settings.clip)
-            return len(self.weights) * (self.settings.kl_weight * self.weights.kl(tuned - s.base, s.k) - gain)
+            steps, returns, k, prompts, pieces = self.replay.take(mine[index])
+            x, t = steps.states, self.grid[k]
+            tuned = [self.model.tuned(x[part], t[part], take(condition, rows)) for part, condition, rows in pieces]
+            advantage = returns - self.value(x, t / self.grid[0], prompts).to(returns)
+            return (self.surrogate if self.exact else self._published)(torch.cat(tuned), steps, k, advantage)
 
         return loss
 
-    def _published(self, away: Tensor, ratio: Tensor, advantage: Tensor, k: Tensor, held: Tensor) -> Tensor:
-        clip = self.settings.clip
-        held.add_(((ratio.detach() - 1).abs() > clip).sum().cpu())
-        square = self.eps[k].to(away) * away.flatten(1).square().mean(1)
+    def _published(self, tuned: Tensor, steps: Steps, k: Tensor, advantage: Tensor) -> Tensor:
+        """Return the authors' loss, (B,); arguments as for ``surrogate``."""
+        clip, log_ratio = self.settings.clip, self.weights.log_ratio(tuned - steps.predictions, steps.noise, k)
+        ratio = (log_ratio / self.dimension).exp()
+        self.hold(ratio)
+        square = self.eps[k].to(tuned) * (tuned - steps.base).flatten(1).square().mean(1)
         gain = self.settings.reward_weight * advantage * ratio.clamp(1 - clip, 1 + clip)
         return self.settings.kl_weight * square - gain
 
     def buffers(self) -> dict[str, Tensor]:
         return {f"value.{k}": v for k, v in self.value.state().items()} | {
-            f"replay.{k}": v for k, v in self.replay.state(self.workers).items()
+            f"replay.{k}": v for k, v in self.replay.state(self.processes).items()
         }
 
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
@@ -196,10 +168,5 @@ class DPOK(Trainer):
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.value.load(parts["value"])
-        rows = self.workers.rows(self.settings.total)
-
-        def conditions(generator: torch.Generator) -> Any:
-            drawn = self.model.conditions(self.settings.groups, self.settings.group_size, generator)
-            return take(drawn, torch.arange(self.settings.total)[rows])
-
-        self.replay.load(parts["replay"], rows, conditions, self.model.device)
+        rows = self.processes.rows(self.settings.total)
+        self.replay.load(parts["replay"], rows, self.conditions, self.model.device)

@@ -1,6 +1,8 @@
 """Policy gradients on the chain: paths, likelihood ratios, and what each step costs in KL.
 
-With c = Q / G, prediction d away from another's at the same state, and the noise z of a step,
+The ancestral chain is a Markov decision process: a Gaussian step x_{k+1} = P x_k + Q out(x_k, t_k) + G z, affine in
+what the network predicts. With c = Q / G, prediction d away from another's at the same state, and the noise z of a
+step,
 
     log p'(x_{k+1} | x_k) / p(x_{k+1} | x_k) = c <d, z> - c^2 |d|^2 / 2        (p drew the step with z, p' is d away),
 
@@ -33,21 +35,35 @@ Kingma et al. 2107.00630 (KL in log-SNR).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sdeblend.finetune.chain import Chain
 from sdeblend.finetune.model import Condition, Tunable, per_row, take
-from sdeblend.finetune.paths import log_snr_weights
-from sdeblend.finetune.trainer import Trainer
+from sdeblend.finetune.paths import evaluated, log_snr_weights, visits
+from sdeblend.finetune.trainer import Trainer, TrainerSettings
 from sdeblend.score import conversion
+from sdeblend.steps import Ancestral
 
 KL = Literal["process", "chain"]
-Loss = Callable[[Tensor], Tensor]
+
+
+class PolicySettings(TrainerSettings):
+    """What policy gradients need besides.
+
+    Attributes:
+        clip: how far the likelihood ratio of a step may leave 1 before it is held there; 0.2 is usual.
+        updates: optimiser steps an iteration.
+        kl: which KL ``kl_weight`` weighs, "process" or "chain"; see ``sdeblend.finetune.trainers.policy``.
+    """
+
+    clip: Annotated[float, Field(gt=0, lt=1), "a number within (0, 1), 0.2 is usual"] = 0.2
+    updates: int = Field(default=4, ge=1)
+    kl: KL = "process"
 
 
 @dataclass(frozen=True)
@@ -65,16 +81,16 @@ class StepWeights:
     share: Tensor
 
     @classmethod
-    def of(cls, model: Tunable, chain: Chain, kl: KL) -> StepWeights:
-        """Return the weights of a chain: of all n steps for "process", of the n - 1 noisy ones for "chain"."""
-        ratio = chain.q[:-1] / chain.g[:-1]
+    def of(cls, model: Tunable, grid: Tensor, kl: KL) -> StepWeights:
+        """Return the weights of a grid's steps: of all n for "process", of the n - 1 noisy ones for "chain"."""
+        times, moves = grid[:-1], Ancestral().plan(model.schedule, grid)[:-1]
+        gains = torch.tensor([move.b / move.g for move in moves], dtype=torch.float64)
+        ratio = gains * conversion(model.schedule, times[:-1], model.prediction, "score")[1]
         if kl == "chain":
             return cls(ratio, ratio.square() / 2, torch.ones_like(ratio))
-        times = chain.grid[:-1]
         weight = log_snr_weights(model.schedule, times) / 2
         cost = weight * conversion(model.schedule, times, model.prediction, "eps")[1].square()
-        share = torch.nn.functional.pad(2 * cost[:-1] / ratio.square(), (0, 1))
-        return cls(torch.nn.functional.pad(ratio, (0, 1)), cost, share)
+        return cls(pad(ratio, (0, 1)), cost, pad(2 * cost[:-1] / ratio.square(), (0, 1)))
 
     def __len__(self) -> int:
         return len(self.ratio)
@@ -90,13 +106,25 @@ class StepWeights:
         return self.cost[k].to(difference) * difference.flatten(1).square().sum(1)
 
 
+class Steps(NamedTuple):
+    """Steps of the chain, (..., *event): where the policy was, what it and the base predicted, its noise."""
+
+    states: Tensor
+    predictions: Tensor
+    base: Tensor
+    noise: Tensor
+
+    def at(self, row: Tensor, k: Tensor) -> Steps:
+        """Return steps k of paths ``row``, (N, *event), from those of whole paths, (B, m, *event)."""
+        return Steps(*(tensor[row, k] for tensor in self))
+
+
 @dataclass(frozen=True)
 class Paths:
     """The paths of one iteration, this process's rows of them.
 
     Attributes:
-        states, predictions, base, noise: of the steps that count, (B, m, *event): where the policy was, what it
-            and the base predicted, the noise it moved with.
+        steps: those that count, (B, m, *event).
         cost: sampled cost of each step, nats (B, m).
         rewards: (B,).
         kl: exact KL of the whole path, (B,).
@@ -104,10 +132,7 @@ class Paths:
         rows: which rows of the whole batch these are.
     """
 
-    states: Tensor
-    predictions: Tensor
-    base: Tensor
-    noise: Tensor
+    steps: Steps
     cost: Tensor
     rewards: Tensor
     kl: Tensor
@@ -116,36 +141,70 @@ class Paths:
 
     def own(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return (row, step) of those among steps of the whole batch, numbered row by row, that are here."""
-        row, k = chosen // self.states.shape[1] - self.rows.start, chosen % self.states.shape[1]
-        here = (row >= 0) & (row < len(self.states))
+        row, k = chosen // self.cost.shape[1] - self.rows.start, chosen % self.cost.shape[1]
+        here = (row >= 0) & (row < len(self.cost))
         return row[here], k[here]
 
 
-@torch.no_grad()
-def follow(trainer: Trainer, weights: StepWeights) -> Paths:
-    """Draw this iteration's conditions and noise, run the tuned chain, score where it ends."""
-    model, chain, batch = trainer.model, trainer.chain, trainer.draw()
-    steps, kept = len(weights), []
-    for index in torch.arange(batch.noise.shape[1]).split(trainer.settings.micro_batch):
-        condition, noise = take(batch.condition, index), batch.noise[:, index]
-        x = noise[0] * model.schedule.prior_std()
-        parts: list[tuple[Tensor, ...]] = []
-        for k in range(len(chain)):
-            here = torch.full((len(index),), k, dtype=torch.long)
-            t = chain.times(here)
-            tuned = model.tuned(x, t, condition)
-            z = noise[k + 1] if k < chain.noisy else torch.zeros_like(x)
-            if k < steps:
-                base = model.base(x, t, condition)
-                # p and its noise are the tuned policy's, so the base's log-ratio changes sign.
-                exact = weights.kl(tuned - base, here)
-                sampled = -per_row(weights.share[here], exact) * weights.log_ratio(base - tuned, z, here)
-                parts.append((x, tuned, base, z, sampled if k < chain.noisy else exact, exact))
-            x = chain.mean(x, tuned, here) + float(chain.g[k]) * z
-        kept.append((*(torch.stack(part, 1) for part in zip(*parts, strict=True)), x))
-    states, predictions, base, noise, cost, exact, last = (torch.cat(part) for part in zip(*kept, strict=True))
-    rewards = trainer.score(last, batch.condition)
-    return Paths(states, predictions, base, noise, cost, rewards, exact.sum(1), batch.condition, batch.rows)
+class PolicyTrainer(Trainer):
+    """A trainer of the chain.
+
+    Attributes:
+        weights: of its steps.
+        held: how many likelihood ratios of this iteration were held, (1,).
+    """
+
+    settings: PolicySettings
+
+    def prepare(self) -> None:
+        self.weights, self.held = StepWeights.of(self.model, self.grid, self.settings.kl), torch.zeros(1)
+
+    @torch.no_grad()
+    def draw_paths(self) -> Paths:
+        """Draw this iteration's conditions and noise, run the tuned chain, score where it ends."""
+        model, weights, batch, kept = self.model, self.weights, self.draw(), []
+        for index in torch.arange(batch.noise.shape[1]).split(self.settings.micro_batch):
+            condition, parts = take(batch.condition, index), list[tuple[Tensor, ...]]()
+            for k, visit in enumerate(visits(model, Ancestral(), self.grid, batch.noise[:, index], condition)):
+                if k < len(weights):
+                    here = torch.full((len(index),), k, dtype=torch.long)
+                    base = evaluated(model, model.base, visit.x, visit.t, condition)[0]
+                    exact = cost = weights.kl(visit.prediction - base, here)
+                    z = torch.zeros_like(visit.x) if visit.noise is None else visit.noise
+                    if visit.noise is not None:
+                        # p and its noise are the tuned policy's, so the base's log-ratio changes sign.
+                        sampled = weights.log_ratio(base - visit.prediction, z, here)
+                        cost = -per_row(weights.share[here], exact) * sampled
+                    parts.append((visit.x, visit.prediction, base, z, cost, exact))
+                last = visit.following
+            kept.append((*(torch.stack(part, 1) for part in zip(*parts, strict=True)), last))
+        *steps, costs, exact, last = (torch.cat(part) for part in zip(*kept, strict=True))
+        rewards = self.score(last, batch.condition)
+        return Paths(Steps(*steps), costs, rewards, exact.sum(1), batch.condition, batch.rows)
+
+    def surrogate(self, tuned: Tensor, steps: Steps, k: Tensor, advantage: Tensor) -> Tensor:
+        """Return PPO's loss of steps with the exact KL, (B,); counts the ratios that are held.
+
+        Args:
+            tuned: what the policy predicts now, (B, *event).
+            steps: as they were drawn.
+            k: their numbers, long (B,).
+            advantage: A, (B,).
+        """
+        ratio = self.weights.log_ratio(tuned - steps.predictions, steps.noise, k).exp()
+        gain = clipped(ratio, advantage, self.settings.clip)
+        self.hold(ratio)
+        return len(self.weights) * (self.settings.kl_weight * self.weights.kl(tuned - steps.base, k) - gain)
+
+    def hold(self, ratio: Tensor) -> None:
+        """Count the ratios that are held."""
+        self.held += ((ratio.detach() - 1).abs() > self.settings.clip).sum().cpu()
+
+    def clipped_share(self, steps: int) -> float:
+        """Return the share of held ratios among ``steps`` of all processes, and begin to count anew."""
+        held, self.held = self.held, torch.zeros(1)
+        self.processes.add([held])
+        return float(held) / steps
 
 
 def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -34,73 +34,61 @@ matching 2605.10759 and iterative tilting 2512.03234.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from sdeblend.finetune.model import Condition, Tunable, converted, noised, take
-from sdeblend.finetune.paths import follow, plan
-from sdeblend.finetune.trainer import Batch, Metrics, Settings, Trainer, Workers
-from sdeblend.reward import WeightedReward
+from sdeblend.finetune.model import converted, noised, take
+from sdeblend.finetune.paths import follow
+from sdeblend.finetune.trainer import Batch, Metrics, Trainer, TrainerSettings
 
 
-@dataclass(frozen=True)
-class RegressionSettings(Settings):
+class RegressionSettings(TrainerSettings):
     """What the regression trainer needs besides.
 
     Attributes:
-        copies: noised copies of each sample a gradient step; an even number, they come in pairs.
+        copies: noised copies of each sample a gradient step.
         epochs: gradient steps an iteration, each on fresh copies.
-        effective: least effective share of the samples after one tilt; larger is slower and steadier.
+        effective: least effective share of the samples after one tilt; larger is slower and steadier, 0.5 is usual.
         low, high: log-SNRs between which copies are spread evenly.
         ema_decay: as every trainer's; the average is several times nearer to the tilt than the last parameters.
-
-    Raises:
-        ValueError: for a value outside its range.
     """
 
-    copies: int = 8
-    epochs: int = 2
-    effective: float = 0.5
+    copies: Annotated[int, Field(ge=2, multiple_of=2), "an even number of at least 2, as they come in pairs"] = 8
+    epochs: int = Field(default=2, ge=1)
+    effective: float = Field(default=0.5, gt=0, lt=1)
     low: float = -6.0
     high: float = 6.0
-    ema_decay: float = 0.96
+    ema_decay: float = Field(default=0.96, ge=0, lt=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.copies < 2 or self.copies % 2:
-            raise ValueError(f"copies must be an even number of at least 2, got {self.copies}; they come in pairs")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if not 0 < self.effective < 1:
-            raise ValueError(f"effective must lie within (0, 1), got {self.effective}; 0.5 is usual")
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
         if not self.low < self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}; they are log-SNRs")
+        return self
 
 
 class RewardRegression(Trainer):
-    """The regression trainer; arguments as ``Trainer``, with ``RegressionSettings``.
+    """The regression trainer; arguments as ``Trainer``.
 
     Raises:
         ValueError: for a model with guidance, or log-SNRs that its schedule does not have.
     """
 
-    name: ClassVar[str] = "regression"
+    name = "regression"
+    settings_class = RegressionSettings
     settings: RegressionSettings
 
-    def __init__(
-        self, model: Tunable, reward: WeightedReward, settings: RegressionSettings, workers: Workers | None = None
-    ) -> None:
-        super().__init__(model, reward, settings, workers)
+    def prepare(self) -> None:
+        model, settings = self.model, self.settings
         if model.guidance != 1:
             raise ValueError(
                 "regression needs a base that predicts the score of its own samples, which takes guidance = 1, got "
                 f"{model.guidance:g}; set it to 1, or choose another trainer"
             )
-        self.moves = plan(model, self.chain.grid)
-        ends = model.schedule.log_snr(self.chain.grid[[0, -2]]).tolist()
+        ends = model.schedule.log_snr(self.grid[[0, -2]]).tolist()
         self.range = max(settings.low, ends[0]), min(settings.high, ends[1])
         if not self.range[0] < self.range[1]:
             raise ValueError(
@@ -111,10 +99,10 @@ class RewardRegression(Trainer):
     def iterate(self) -> Metrics:
         settings, batch = self.settings, self.draw()
         with torch.no_grad():
-            samples, log_ratio, kl = follow(self.model, self.moves, batch.noise, batch.condition)
+            samples, log_ratio, kl = follow(self.model, self.grid, batch.noise, batch.condition)
             rewards = self.score(samples, batch.condition)
         tilt = rewards / settings.kl_weight - log_ratio
-        everyone = self.workers.gather(tilt).double().reshape(settings.groups, settings.group_size)
+        everyone = self.processes.gather(tilt).double().reshape(settings.groups, settings.group_size)
         eta = step_size(everyone, settings.effective)
         weights = excess_weights(eta * everyone).flatten()[batch.rows].to(samples)
         losses = [self.fit(samples, weights, batch) for _ in range(settings.epochs)]
@@ -146,17 +134,14 @@ class RewardRegression(Trainer):
         eps = eps.flatten(0, 1).to(samples)
         return noised(schedule, samples.repeat(count, *[1] * (samples.ndim - 1)), t, eps), t, eps
 
-    def eps(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        """Return the noise that the tuned network predicts, (B, *event), in the dtype of x."""
-        return converted(self.model, self.model.tuned(x, t, condition).to(x.dtype), x, t, "eps")
-
     def fit(self, samples: Tensor, weights: Tensor, batch: Batch) -> float:
         """Take one gradient step of the weighted regression on fresh copies and return the loss."""
         x, t, eps = self.copies(samples, batch.rows, self.settings.copies)
         rows = torch.arange(len(samples)).repeat(self.settings.copies)
 
         def loss_of(index: Tensor) -> Tensor:
-            predicted = self.eps(x[index], t[index], take(batch.condition, rows[index]))
+            out = self.model.tuned(x[index], t[index], take(batch.condition, rows[index])).to(x.dtype)
+            predicted = converted(self.model, out, x[index], t[index], "eps")
             return weights[rows[index]] * (eps[index] - predicted).square().flatten(1).mean(1)
 
         return self.descend(len(x), loss_of, total=self.settings.total * self.settings.copies)

@@ -10,55 +10,50 @@ Source: Fan et al. 2305.16381 (replay of a thousand steps).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeblend.finetune.model import Condition
-from sdeblend.finetune.trainer import Workers
-from sdeblend.finetune.trainers.policy import Paths
-
-STORED = ("states", "predictions", "base", "noise")
+from sdeblend.finetune.trainers.policy import Paths, Steps
+from sdeblend.shell.processes import Processes
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The steps of one iteration: this process's rows.
 
     Attributes:
-        tensors: of ``STORED``, (B, m, *event), and "returns", (B, m).
+        steps: (B, m, *event) each.
+        returns: (B, m).
         condition: of the B rows.
         state: of the generator before the conditions were drawn.
         rows: which rows of the whole batch these are.
     """
 
-    tensors: dict[str, Tensor]
+    steps: Steps
+    returns: Tensor
     condition: Condition | None
     state: Tensor
     rows: slice
 
 
-@dataclass(frozen=True)
-class Steps:
+class Replayed(NamedTuple):
     """Some steps, in the order of their blocks.
 
     Attributes:
-        states, predictions, base, noise: (N, *event).
+        steps: (N, *event) each.
         returns: (N,).
         k: which step of the chain, long (N,).
         prompts: of the N steps; None without conditions.
         pieces: for each block the rows here that are its own, its condition, and their rows in that.
     """
 
-    states: Tensor
-    predictions: Tensor
-    base: Tensor
-    noise: Tensor
+    steps: Steps
     returns: Tensor
     k: Tensor
     prompts: tuple[str, ...] | None
-    pieces: tuple[tuple[slice, Condition | None, Tensor], ...]
+    pieces: list[tuple[slice, Condition | None, Tensor]]
 
 
 class Replay:
@@ -75,8 +70,7 @@ class Replay:
 
     def add(self, paths: Paths, returns: Tensor, state: Tensor) -> None:
         """Add the paths of an iteration and forget blocks of which no step is among the last ``size``."""
-        tensors = {name: getattr(paths, name) for name in STORED} | {"returns": returns}
-        self.blocks.append(Block(tensors, paths.condition, state, paths.rows))
+        self.blocks.append(Block(paths.steps, returns, paths.condition, state, paths.rows))
 
     def draw(self, count: int, total: int, generator: torch.Generator) -> Tensor:
         """Draw the numbers of ``count`` steps of all processes, with repetition, long (count,).
@@ -104,37 +98,30 @@ class Replay:
         found = torch.stack([block[here], row[here], rest[here] % self.steps], 1)
         return found[found[:, 0].argsort(stable=True)]
 
-    def take(self, index: Tensor) -> Steps:
+    def take(self, index: Tensor) -> Replayed:
         """Return the steps (block, row, step), long (N, 3), ordered by block."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in (*STORED, "returns")}
+        parts: list[Steps] = []
+        returns: list[Tensor] = []
         pieces: list[tuple[slice, Condition | None, Tensor]] = []
-        prompts: list[str] | None = []
-        start = 0
-        blocks, counts = index[:, 0].unique_consecutive(return_counts=True)
-        for block, count in zip(blocks.tolist(), counts.tolist(), strict=True):
-            row, k = index[start : start + count, 1], index[start : start + count, 2]
-            held = self.blocks[block]
-            for name, values in parts.items():
-                values.append(held.tensors[name][row, k])
-            pieces.append((slice(start, start + count), held.condition, row))
-            if held.condition is None or prompts is None:
-                prompts = None
-            else:
-                prompts += [held.condition.prompts[i] for i in row.tolist()]
-            start += count
-        if not pieces:
-            # None of the drawn steps is here: empty tensors of the right kind.
-            parts = {name: [values[:0, 0]] for name, values in self.blocks[-1].tensors.items()}
-            prompts = None
-        joined = {name: torch.cat(values) for name, values in parts.items()}
-        return Steps(**joined, k=index[:, 2], prompts=None if prompts is None else tuple(prompts),
-                     pieces=tuple(pieces))
+        prompts: list[str] = []
+        # Where none of the drawn steps is here: empty tensors of the right kind.
+        for block in index[:, 0].unique_consecutive().tolist() or [-1]:
+            here = index[index[:, 0] == block]
+            held, row, k = self.blocks[block], here[:, 1], here[:, 2]
+            start = sum(map(len, returns))
+            parts.append(held.steps.at(row, k))
+            returns.append(held.returns[row, k])
+            pieces.append((slice(start, start + len(row)), held.condition, row))
+            prompts += [] if held.condition is None else [held.condition.prompts[i] for i in row.tolist()]
+        steps = Steps(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return Replayed(steps, torch.cat(returns), index[:, 2], tuple(prompts) or None, pieces)
 
-    def state(self, workers: Workers) -> dict[str, Tensor]:
+    def state(self, processes: Processes) -> dict[str, Tensor]:
         """Return everything that is kept, of all processes, by name; every process must call it."""
         out: dict[str, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            out |= {f"{i}.{name}": workers.gather(tensor) for name, tensor in block.tensors.items()}
+            kept = block.steps._asdict() | {"returns": block.returns}
+            out |= {f"{i}.{name}": processes.gather(tensor) for name, tensor in kept.items()}
             out[f"{i}.state"] = block.state
         return out
 
@@ -158,5 +145,5 @@ class Replay:
             drawn = state[f"{i}.state"]
             generator = torch.Generator()
             generator.set_state(drawn)
-            tensors = {name: state[f"{i}.{name}"][rows].to(device) for name in (*STORED, "returns")}
-            self.blocks.append(Block(tensors, conditions(generator), drawn, rows))
+            *steps, returns = (state[f"{i}.{name}"][rows].to(device) for name in (*Steps._fields, "returns"))
+            self.blocks.append(Block(Steps(*steps), returns, conditions(generator), drawn, rows))

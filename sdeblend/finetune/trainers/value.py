@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.finetune.state import load_optimizer, optimizer_state
-from sdeblend.finetune.trainer import Workers
-from sdeblend.finetune.trainers.replay import Steps
+from sdeblend.finetune.trainers.replay import Replayed
+from sdeblend.shell.processes import Processes
 
 WORDS, TIMES, WIDTH = 32, 8, 128
 
@@ -70,7 +70,7 @@ class Value:
         """Return V, (B,) float64, of states (B, *event) at times t / t_max, (B,), under prompts."""
         return self.offset.to(x.device) + self.scale.to(x.device) * self._standard(x, t, prompts).double()
 
-    def fit(self, steps: Steps, t: Tensor, total: int, workers: Workers) -> float:
+    def fit(self, drawn: Replayed, t: Tensor, total: int, processes: Processes) -> float:
         """Take one step on the mean square error of these returns, over ``total`` of all processes.
 
         Returns:
@@ -79,19 +79,19 @@ class Value:
         Raises:
             FloatingPointError: if it is not finite.
         """
-        returns = steps.returns.double()
+        returns = drawn.returns.double()
         if float(self.scale) == 0:
             moments = torch.stack([returns.sum(), returns.square().sum()]).cpu() / total
-            workers.add([moments])
+            processes.add([moments])
             self.offset = moments[0]
             # Equal returns leave nothing to fit.
             self.scale = (moments[1] - moments[0].square()).clamp_min(0).sqrt().clamp_min(1e-12)
         target = ((returns - self.offset.to(returns)) / self.scale.to(returns)).float()
-        loss = (self._standard(steps.states, t, steps.prompts) - target).square().sum() / total
+        loss = (self._standard(drawn.steps.states, t, drawn.prompts) - target).square().sum() / total
         self.optimizer.zero_grad(set_to_none=False)
         loss.backward()
         summed = loss.detach().double().cpu()
-        workers.add([*(p.grad for p in self.parameters if p.grad is not None), summed])
+        processes.add([*(p.grad for p in self.parameters if p.grad is not None), summed])
         if not math.isfinite(float(summed)):
             raise FloatingPointError(f"the value function must stay finite, got a loss of {float(summed):g}; "
                                      "lower value_rate")

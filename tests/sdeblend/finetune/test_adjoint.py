@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear
-from sdeblend.finetune.paths import draw_states, follow
+from sdeblend.finetune.paths import MULTISTEP, draw_states, follow
 from sdeblend.finetune.trainers.adjoint import AdjointMatching, AdjointSettings
 from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
 from sdeblend.reward import WeightedReward
@@ -46,11 +46,11 @@ def test_lean_adjoint_is_the_gradient_through_the_base() -> None:
     noise = torch.randn((9, 6, 1), generator=generator(0), dtype=torch.float64)
     tuned.model.residual.double()
     with torch.no_grad():
-        states = draw_states(tuned.model, tuned.moves, noise, None)
+        states = draw_states(tuned.model, MULTISTEP, tuned.grid, noise, None)
     _, pulls, rewards = tuned.carry_back(states, None)
     # With no control yet, the pull of a step is the gradient in its score.
-    nudged = Nudged(tuned.model, tuned.chain.grid[:-1])
-    run = follow(nudged, tuned.moves, noise, None)
+    nudged = Nudged(tuned.model, tuned.grid[:-1])
+    run = follow(nudged, tuned.grid, noise, None)
     reward = tuned.reward(run.samples, None)
     close(reward.detach(), rewards, 1e-10)
     (gradient,) = torch.autograd.grad((-reward / 0.5).sum(), nudged.nudge)

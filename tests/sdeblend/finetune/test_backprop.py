@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdeblend import VPLinear, time_grid
-from sdeblend.finetune.paths import Followed, charges, follow, log_snr_weights, plan
+from sdeblend.finetune.paths import Followed, charges, follow, log_snr_weights
 from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
 from sdeblend.reward import WeightedReward
 from tests.support.strategies import close, generator, refuses
@@ -39,7 +39,7 @@ class Scaled(MixtureTunable):
 
     def run(self, count: int, seed: int) -> Followed:
         noise = torch.randn((STEPS, count, *self.event), generator=generator(seed), dtype=torch.float64)
-        return follow(self, plan(self, self.times), noise, None)
+        return follow(self, self.times, noise, None)
 
 
 def trainer(kl_weight: float = 0.5, **settings: object) -> RewardBackprop:
@@ -55,7 +55,7 @@ def trainer(kl_weight: float = 0.5, **settings: object) -> RewardBackprop:
 
 def gradients(tuned: RewardBackprop) -> Tensor:
     """Return the gradient of one iteration, flat; it is left in place by the descent step."""
-    tuned.settings.__dict__["clip_norm"] = float("inf")
+    tuned.settings = tuned.settings.changed(clip_norm=float("inf"))
     tuned.iterate()
     return torch.cat([p.grad.flatten() for p in tuned.parameters])
 
@@ -66,13 +66,13 @@ def test_gradient_is_that_of_the_objective() -> None:
 
     def objective() -> float:
         with torch.no_grad():
-            run = follow(tuned.model, tuned.moves, noise.double(), None)
+            run = follow(tuned.model, tuned.grid, noise.double(), None)
             return float((run.kl - tuned.reward(run.samples, None) / 0.5).mean())
 
     for value in tuned.model.trainable().values():
         value.data = value.data.double()
     tuned.model.residual.double()
-    run = follow(tuned.model, tuned.moves, noise.double(), None)
+    run = follow(tuned.model, tuned.grid, noise.double(), None)
     (run.kl - tuned.reward(run.samples, None) / 0.5).mean().backward()
     place = tuned.parameters[-1]
     step = 1e-5
@@ -99,11 +99,10 @@ def test_kl_is_that_of_the_processes_and_not_of_the_steps() -> None:
 
 def test_charges_are_the_integral_over_log_snr() -> None:
     # A difference of scores that is 1 at all times, between the first time and the data.
-    model = MixtureTunable(line2().base, SCHEDULE)
     fine = torch.linspace(SCHEDULE.t_min, SCHEDULE.t_max, 200_001, dtype=torch.float64)
     exact = float(torch.trapezoid(SCHEDULE.diffusion_sq(fine), fine) + SCHEDULE.sigma(SCHEDULE.t_min) ** 2)
     for spacing in ("log-snr", "uniform"):
-        value = charges(model, plan(model, time_grid(SCHEDULE, 200, spacing)))
+        value = charges(SCHEDULE, time_grid(SCHEDULE, 200, spacing))
         assert bool((value > 0).all())
         assert abs(float(value.sum()) / exact - 1) < 0.01
 

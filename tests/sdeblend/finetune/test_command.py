@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -19,12 +18,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sdeblend.finetune import config
-from sdeblend.finetune.config import GROUP, load_plan, trainer_of
+from sdeblend.finetune.config import load_tuning
 from sdeblend.finetune.run import undisturbed
-from sdeblend.finetune.trainer import Settings, Trainer
-from sdeblend.shell import cli
-from tests.support.strategies import refuses
+from sdeblend.finetune.trainer import Trainer, TrainerSettings
+from sdeblend.finetune.trainers import TRAINERS
+from sdeblend.shell import cli, registry
+from sdeblend.shell.settings import describe
 
 ROOT = Path(__file__).resolve().parents[3]
 FILE = """
@@ -49,8 +48,11 @@ checkpoint_every = 2
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Return a function that writes the file with replacements; the kind "line" is installed."""
-    line = EntryPoint("line", "tests.support.finetune_models:build", GROUP)
-    monkeypatch.setattr(config, "entry_points", lambda group: (line,))
+    line = EntryPoint("line", "tests.support.finetune_models:LineSettings", registry.TUNABLES)
+    installed = registry.entry_points
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: (line,) if group == registry.TUNABLES else installed(group=group)
+    )
 
     def write(*changes: tuple[str, str], folder: str = "out") -> Path:
         text = FILE.replace("FOLDER", str(tmp_path / folder))
@@ -106,9 +108,9 @@ def test_a_run_from_its_file(
         (("kl_weight = 0.5", "kl_weight = nan"), ("kl_weight", "a finite number")),
         (("kl_weight = 0.5", "kl_wight = 0.5"), ("unknown key 'kl_wight'", "kl_weight")),
         (("kl_weight = 0.5", 'mode = "exact"'), ("unknown key 'mode'",)),
-        (("iterations = 3", "iterations = 0"), ("iterations must be at least 1",)),
+        (("iterations = 3", "iterations = 0"), ("iterations must be an integer of at least 1",)),
         (("iterations = 3", 'precision = "fp8"'), ("precision", "'bf16'", "'fp8'")),
-        (("group_size = 8", "group_size = 1"), ("group_size must be at least 2",)),
+        (("group_size = 8", "group_size = 1"), ("group_size must be an integer of at least 2",)),
         (("checkpoint_every = 2", "checkpoint_every = 0"), ("[output] checkpoint_every", "at least 1")),
         (("[output]", "[outputs]"), ("unknown key 'outputs'",)),
         (("steps = 5", "steps = [5]"), ("steps must be an integer",)),
@@ -151,29 +153,23 @@ def test_refuses_another_configuration_and_folders(
     assert "none.toml" in capsys.readouterr().err
 
 
-def test_a_plan_has_defaults_presets_and_infinity(settings: Callable[..., Path]) -> None:
-    plan = load_plan(settings(("kl_weight = 0.5", "clip_norm = inf")))
-    assert plan.settings.clip_norm == math.inf and plan.settings.kl_weight == 1.0
-    assert json.dumps(plan.fixed(), allow_nan=False)
-    assert plan.fixed()["trainer.clip_norm"] == "inf" and plan.fixed()["model.mean"] == 0.3
+def test_a_file_has_defaults_presets_and_infinity(settings: Callable[..., Path]) -> None:
+    tuning = load_tuning(settings(("kl_weight = 0.5", "clip_norm = inf")))
+    assert tuning.settings.clip_norm == math.inf and tuning.settings.kl_weight == 1.0
+    assert json.dumps(tuning.fixed(), allow_nan=False)
+    assert tuning.fixed()["trainer.clip_norm"] == "inf" and tuning.fixed()["model.mean"] == 0.3
     changes = ('name = "ddpo"', 'name = "dpok"\nmode = "published"'), ("group_size = 8", "groups = 12")
-    published = load_plan(settings(*changes)).settings
+    published = load_tuning(settings(*changes)).settings
     assert (published.groups, published.group_size, published.steps, published.reward_weight) == (12, 1, 5, 1000.0)
     assert (published.kl_weight, published.clip) == (0.5, 1e-4)
 
 
-@pytest.mark.parametrize("name", config.TRAINERS)
-def test_trainers_by_name(name: str) -> None:
-    module = config.TRAINERS[name][0]
-    if importlib.util.find_spec(f"sdeblend.finetune.{module}") is None:
-        pytest.skip(f"{module} is not there yet")
-    trainer, settings = trainer_of(name)
-    assert issubclass(trainer, Trainer) and issubclass(settings, Settings) and trainer.name == name
-    assert config.read_settings({"kl_weight": 2}, settings, file=Path("f")).kl_weight == 2.0
-
-
-def test_refuses_a_trainer_that_does_not_exist() -> None:
-    refuses(lambda: trainer_of("sft"), "'sft'", "regression", "dpok")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_say_what_they_need(name: str) -> None:
+    trainer = TRAINERS[name]
+    assert issubclass(trainer, Trainer) and issubclass(trainer.settings_class, TrainerSettings) and trainer.name == name
+    assert all(key.description and key.default != "required" for key in describe(trainer.settings_class))
+    assert trainer.settings_class(kl_weight=2).kl_weight == 2.0
 
 
 @pytest.mark.slow
@@ -182,8 +178,9 @@ def test_an_interrupt_is_told_and_resumed(tmp_path: Path) -> None:
         "import signal, sys, torch; from importlib.metadata import EntryPoint; from sdeblend.shell import cli; "
         # A shell starts what it runs in the background with interrupts ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from sdeblend.finetune import config; torch.set_num_threads(1); "
-        "config.entry_points = lambda group: (EntryPoint('line', 'tests.support.finetune_models:build', group),); "
+        "from sdeblend.shell import registry; torch.set_num_threads(1); installed = registry.entry_points; "
+        "line = EntryPoint('line', 'tests.support.finetune_models:LineSettings', registry.TUNABLES); "
+        "registry.entry_points = lambda group: (line,) if group == registry.TUNABLES else installed(group=group); "
         "sys.exit(cli.main(['finetune', *sys.argv[1:]]))"
     )
     path = tmp_path / "config.toml"
@@ -246,6 +243,6 @@ def test_accelerate_launches_the_module(tmp_path: Path) -> None:
 
 
 def test_builders_get_what_the_protocol_says(settings: Callable[..., Path]) -> None:
-    plan = load_plan(settings())
-    model, rewards = config.build(plan, torch.device("cpu"))
+    tuning = load_tuning(settings())
+    model, rewards = tuning.build(torch.device("cpu"))
     assert model.event == (1,) and list(rewards) == ["up", "near"]

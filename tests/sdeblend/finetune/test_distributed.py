@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, check_folder, number_of, train
-from sdeblend.finetune.trainer import LossScale, Workers
-from sdeblend.finetune.workers import Distributed, in_precision
+from sdeblend.finetune.workers import LossScale, in_precision
+from sdeblend.shell.processes import Launched, Processes
 from tests.support.finetune_models import Line
 from tests.support.finetune_process import make
 from tests.support.strategies import refuses
@@ -87,38 +88,36 @@ def test_processes_that_see_different_checkpoints_refuse(tmp_path: Path) -> None
 
 
 def test_what_processes_see_is_compared(tmp_path: Path) -> None:
-    class Two(Workers):
-        count = 2
+    class Two(Processes):
         other = 0
 
         def gather(self, tensor: torch.Tensor) -> torch.Tensor:
             return torch.cat([tensor, torch.tensor([self.other])])
 
-    workers, path = Two(), tmp_path / CHECKPOINT
-    check_folder(tmp_path, workers, resume=True)
+    processes, path = Two(count=2), tmp_path / CHECKPOINT
+    check_folder(tmp_path, processes, resume=True)
     path.write_bytes(b"one")
-    refuses(lambda: check_folder(tmp_path, workers, resume=True), "all 2 processes", "got it in 1", "share the folder")
-    workers.other = number_of(path)
-    check_folder(tmp_path, workers, resume=True)
-    refuses(lambda: check_folder(tmp_path, workers, resume=False), "has a run already")
+    again = partial(check_folder, tmp_path, processes, resume=True)
+    refuses(again, "all 2 processes", "got it in 1", "share the folder")
+    processes.other = number_of(path)
+    check_folder(tmp_path, processes, resume=True)
+    refuses(lambda: check_folder(tmp_path, processes, resume=False), "has a run already")
     path.write_bytes(b"two")
-    refuses(lambda: check_folder(tmp_path, workers, resume=True), "2 different ones")
+    refuses(again, "2 different ones")
 
 
 def test_a_batch_must_divide() -> None:
-    workers = Workers()
-    workers.count = 3
-    refuses(lambda: workers.rows(32), "3 processes", "32")
+    refuses(lambda: Processes(count=3).rows(32), "3 processes", "32")
 
 
 def test_alone_nothing_is_sent() -> None:
-    class Accelerator:
-        process_index, num_processes = 0, 1
+    class State:
+        process_index, num_processes, device = 0, 1, "cpu"
 
-    workers = Distributed(Accelerator())
+    alone: Any = Launched(State())
     tensor = torch.arange(3.0)
-    workers.add([tensor])
-    assert workers.gather(tensor) is tensor and workers.main and tensor.tolist() == [0, 1, 2]
+    alone.add([tensor])
+    assert alone.gather(tensor) is tensor and alone.main and tensor.tolist() == [0, 1, 2]
 
 
 class Wide(Line):
@@ -147,9 +146,8 @@ def test_networks_alone_are_in_half_precision(precision: str, dtype: torch.dtype
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_training_in_half_precision_is_resumed_bit_for_bit(tmp_path: Path, precision: str) -> None:
     def trainer() -> Any:
-        workers = Workers()
-        workers.scaler = LossScale() if precision == "fp16" else None
-        made = make("ddpo", workers)
+        made = make("ddpo")
+        made.scale = LossScale() if precision == "fp16" else None
         made.model = in_precision(made.model, precision)
         return made
 
@@ -160,22 +158,21 @@ def test_training_in_half_precision_is_resumed_bit_for_bit(tmp_path: Path, preci
 
 
 def test_the_loss_scale_leaves_out_overflows_and_changes_nothing_else() -> None:
-    workers = Workers()
-    workers.scaler = LossScale()
-    scaled, plain = make("ddpo", workers), make("ddpo")
+    scaled, plain = make("ddpo"), make("ddpo")
+    scaled.scale = LossScale()
     for _ in range(2):
         scaled.iterate(), plain.iterate()
     assert all(torch.equal(a, b) for a, b in zip(scaled.parameters, plain.parameters, strict=True))
     before = [p.detach().clone() for p in scaled.parameters]
-    factor = workers.scaler.factor
+    factor = scaled.scale.factor
 
     def overflow(index: torch.Tensor) -> torch.Tensor:
         return 1e34 * scaled.parameters[0].sum() * torch.ones(len(index))
 
     scaled.descend(4, overflow)
-    assert workers.scaler.factor == factor / 2
+    assert scaled.scale.factor == factor / 2
     assert all(torch.equal(a, b) for a, b in zip(scaled.parameters, before, strict=True))
-    workers.scaler.factor = 1.0
+    scaled.scale.factor = 1.0
 
     def hopeless(index: torch.Tensor) -> torch.Tensor:
         return (scaled.parameters[0] * 0).sum().sqrt() * torch.ones(len(index))

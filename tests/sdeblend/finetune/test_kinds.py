@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdeblend.finetune.config import TRAINERS, defaults_of, load_plan
+from sdeblend.finetune.config import load_tuning
 from sdeblend.finetune.run import MEMBER, METRICS
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.shell import cli
 from stablediffusion import load_members, read_lora
 from stablediffusion.small import load_small
@@ -125,7 +126,7 @@ def test_accelerate_launches_two_processes(tmp_path: Path, capsys: pytest.Captur
 def test_pipelines_have_defaults_of_their_own(tmp_path: Path, name: str) -> None:
     def settings(*model: str, more: str = "") -> dict[str, object]:
         text = f'[model]\nkind = "pipeline"\n{"".join(model)}[rewards]\nvivid = 1\n[trainer]\nname = "{name}"\n{more}'
-        return vars(load_plan(written(tmp_path, f'{text}[output]\nfolder = "FOLDER"\n')).settings)
+        return dict(load_tuning(written(tmp_path, f'{text}[output]\nfolder = "FOLDER"\n')).settings)
 
     small, large = settings(), settings('path = "anywhere"\nprompts = ["a"]\n')
     assert (small["groups"], small["group_size"], small["learning_rate"]) == (8, 16, 1e-3)
@@ -139,6 +140,5 @@ def test_pipelines_have_defaults_of_their_own(tmp_path: Path, name: str) -> None
 
 
 def test_other_kinds_have_the_trainers_own_defaults(tmp_path: Path) -> None:
-    assert defaults_of("mixture", {}) == {} == defaults_of("nowhere", {})
-    settings = load_plan(written(tmp_path, MIXTURE)).settings
+    settings = load_tuning(written(tmp_path, MIXTURE)).settings
     assert (settings.groups, settings.learning_rate) == (1, 1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdeblend.finetune.config import TRAINERS, trainer_of
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
 from stablediffusion.finetune.tunable import PipelineTunable
 from stablediffusion.rewards import find_reward
@@ -30,14 +30,14 @@ def changed(model, size=0.05):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_gradients_are_accumulated_within_the_graded_batch(name):
     """The largest pass that keeps anything for a gradient is the model's cap, and the gradient that of the whole."""
-    kind, settings = trainer_of(name)
+    kind = TRAINERS[name]
     few = {"dpok": {"updates": 1, "batch": 12, "value_updates": 1}, "ddpo": {"updates": 1}}.get(name, {})
     gradients, largest = [], []
     for cap in (3, 64):
         model, seen = changed(tunable(graded_batch=cap)), [0]
         rows = lambda network, inputs, seen=seen: seen.append(len(inputs[0]) * torch.is_grad_enabled())  # noqa: E731
         model.network.register_forward_pre_hook(rows)
-        trainer = kind(model, REWARD, settings(
+        trainer = kind(model, REWARD, kind.settings_class(
             kl_weight=0.1, groups=2, group_size=4, steps=3, clip_norm=float("inf"), **few))  # fmt: skip
         trainer.iterate()
         largest.append(max(seen))
@@ -49,11 +49,11 @@ def test_gradients_are_accumulated_within_the_graded_batch(name):
 
 def test_computing_again_changes_no_gradient_of_backprop():
     """As is the default with a path; base and tuned network are one, with the adapter off and on."""
-    kind, settings = trainer_of("backprop")
+    kind = TRAINERS["backprop"]
     gradients = []
     for recompute, checkpointing in ((False, False), (True, False), (True, True)):
         model = changed(tunable(checkpointing=checkpointing))
-        trainer = kind(model, REWARD, settings(kl_weight=0.1, group_size=2, steps=3, recompute=recompute))
+        trainer = kind(model, REWARD, kind.settings_class(kl_weight=0.1, group_size=2, steps=3, recompute=recompute))
         trainer.iterate()
         gradients.append(torch.cat([p.grad.flatten() for p in trainer.parameters]))
     for again in gradients[1:]:
@@ -85,8 +85,8 @@ def test_the_graded_batch_fits_where_the_batch_does():
 def test_regression_refuses_guidance():
     """Which no forward process has for its score; the chain's own trainers take it."""
     for name in TRAINERS:
-        kind, settings = trainer_of(name)
-        guided = lambda kind=kind, settings=settings: kind(tunable(guidance=3.0), REWARD, settings(steps=3))  # noqa: E731
+        kind = TRAINERS[name]
+        guided = lambda kind=kind: kind(tunable(guidance=3.0), REWARD, kind.settings_class(steps=3))  # noqa: E731
         if name == "regression":
             refuses(guided, "takes guidance = 1, got 3", "choose another trainer")
         else:

@@ -83,7 +83,7 @@ def test_log_ratio_of_a_path_is_a_likelihood_ratio() -> None:
         for value in tuned.model.trainable().values():
             value.add_(0.05 * torch.randn(value.shape, generator=generator(1)))
         noise = torch.randn((20, 20_000, 1), generator=generator(2))
-        _, log_ratio, kl = follow(tuned.model, tuned.moves, noise, None)
+        _, log_ratio, kl = follow(tuned.model, tuned.grid, noise, None)
     assert 0.02 < float(kl.mean()) < 1
     for wrong in (0.0, 0.5):
         ratio = (wrong * kl - log_ratio).double().exp()

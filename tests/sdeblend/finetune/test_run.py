@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -19,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdeblend.finetune import checkpoint
-from sdeblend.finetune.config import TRAINERS
-from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, averaged, train
+from sdeblend.finetune.run import CHECKPOINT, MEMBER, METRICS, train
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.finetune.trainers.ddpo import DDPO, DDPOSettings
 from sdeblend.finetune.trainers.dpok import DPOK, DPOKSettings
 from sdeblend.reward import WeightedReward
@@ -30,6 +29,7 @@ from tests.support.finetune_process import make
 from tests.support.strategies import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
+WRITTEN = Path(__file__).parent / "checkpoints"
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -59,6 +59,23 @@ def test_resumed_is_the_same_bit_for_bit(tmp_path: Path, name: str) -> None:
     # The control: another seed is another member.
     train(make(name, seed=1), tmp_path / "other", iterations=7)
     assert not same(tmp_path / "other", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(WRITTEN.glob("*.safetensors"))])
+def test_a_checkpoint_of_version_0_1_goes_on(tmp_path: Path, name: str) -> None:
+    """After two iterations; what it goes on to is what a whole run of today does, to rounding."""
+    shutil.copy(WRITTEN / f"{name}.safetensors", tmp_path / CHECKPOINT)
+    trainer = make(name)
+    train(trainer, tmp_path, iterations=4, resume=True)
+    whole = make(name)
+    train(whole, tmp_path / "whole", iterations=4)
+    assert [entry["iteration"] for entry in lines(tmp_path)] == [3, 4]
+    for mine, wanted in zip(trainer.parameters, whole.parameters, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-7)
+    assert (trainer.reward_calls, trainer.generator.get_state().tolist()) == (
+        whole.reward_calls, whole.generator.get_state().tolist()
+    )  # fmt: skip
+    refuses(lambda: train(make(name, kl_weight=0.25), tmp_path, iterations=5, resume=True), "trainer.kl_weight")
 
 
 def process(*arguments: str) -> int:
@@ -180,7 +197,7 @@ def test_the_average_is_saved_and_training_goes_on_from_the_parameters(tmp_path:
     own = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
     assert all(torch.equal(saved[name], mean) for name, mean in zip(sorted(own), trainer.average, strict=True))
     assert not any(torch.equal(saved[name], own[name]) for name in own)
-    with averaged(trainer):
+    with trainer.averaged():
         pass
     assert all(torch.equal(own[name], p) for name, p in trainer.model.trainable().items())
 
@@ -261,7 +278,7 @@ def test_divergence_stops_and_keeps_the_last_good_member(tmp_path: Path, place: 
 
     def diverge() -> dict[str, float]:
         if trainer.iteration == 3 and place == "loss":
-            trainer.settings = dataclasses.replace(trainer.settings, kl_weight=1e300)
+            trainer.settings = trainer.settings.changed(kl_weight=1e300)
         metrics: dict[str, float] = iterate()
         if trainer.iteration == 4 and place == "parameter":
             with torch.no_grad():

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from sdeblend import time_grid
-from sdeblend.finetune.chain import Chain, draw_noise, roll_out
-from sdeblend.finetune.config import TRAINERS, trainer_of
+from sdeblend.finetune.paths import draw_noise, draw_states
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.settings import parse
+from sdeblend.steps import Ancestral
 from stablediffusion import load_lora, load_members, pipeline_score, read_lora, save_lora, scheduler_grid
-from stablediffusion.finetune import build
+from stablediffusion.finetune import PipelineSettings
 from stablediffusion.finetune.tunable import ADAPTER, PipelineTunable
 from stablediffusion.pipelines.identity import base_identity, same_base
 from stablediffusion.pipelines.prompts import PromptCondition
@@ -132,12 +133,13 @@ def test_untrained_chain_is_the_pipelines_own_ddim(family, guidance):
     steps, prompts = 10, PROMPTS[:2]
     call = tiny_call(pipe, steps) | {"eta": 1.0, "guidance_scale": guidance}
     expected = pipe(prompts, generator=seeded(5), **call).images
-    chain = Chain.of(model, scheduler_grid(pipe, steps))
-    noise = draw_noise(model, chain, slice(0, 2), 2, seeded(5))
+    grid = scheduler_grid(pipe, steps)
+    noise = draw_noise(model, steps, slice(0, 2), 2, seeded(5))
     condition = model.condition(prompts)
     with torch.no_grad():
-        images = model.decode(roll_out(model, chain, noise, condition)[-1]).permute(0, 2, 3, 1).numpy()
-        control = model.decode(roll_out(model, chain, noise, condition.rows(torch.tensor([1, 0])))[-1])
+        images = model.decode(draw_states(model, Ancestral(), grid, noise, condition)[-1]).permute(0, 2, 3, 1).numpy()
+        other = condition.rows(torch.tensor([1, 0]))
+        control = model.decode(draw_states(model, Ancestral(), grid, noise, other)[-1])
     assert np.abs(images - expected).max() < 2e-4
     assert np.abs(control.permute(0, 2, 3, 1).numpy() - expected).max() > 1e-2
 
@@ -145,7 +147,8 @@ def test_untrained_chain_is_the_pipelines_own_ddim(family, guidance):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_one_iteration_of_each_trainer(name):
     """Changes the adapter and nothing else."""
-    kind, settings = trainer_of(name)
+    kind = TRAINERS[name]
+    settings = kind.settings_class
     model = tunable(layers=("attention",))
     x, t, condition = batch(model)
     base, before = model.base(x, t, condition), {k: p.detach().clone() for k, p in model.trainable().items()}
@@ -328,7 +331,8 @@ def test_backend_of_the_command(tmp_path):
     file, table = tmp_path / "c.toml", {"path": str(tmp_path / "model"), "prompts": PROMPTS, "rank": 2}
 
     def built(change=None, rewards=("compress", "vivid"), seed=0):
-        return build(table | (change or {}), rewards, file=file, seed=seed, device=torch.device("cpu"))
+        options = parse(PipelineSettings, table | (change or {}), file=file, section="[model]")
+        return options.build(rewards, file=file, seed=seed, device=torch.device("cpu"))
 
     model, rewards = built()
     assert list(rewards) == ["compress", "vivid"]
@@ -340,5 +344,3 @@ def test_backend_of_the_command(tmp_path):
     refuses(lambda: built({"path": str(tmp_path)}), "c.toml", "path must be a folder or hub id")
     refuses(lambda: built({"rank": 0}), "c.toml: [model] rank")
     refuses(lambda: built(rewards=("beauty",)), "c.toml: [rewards]", "beauty")
-    grid = time_grid(model.schedule, 3)
-    assert len(Chain.of(model, grid)) == 3

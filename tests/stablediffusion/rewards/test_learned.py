@@ -12,9 +12,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdeblend.finetune.config import trainer_of
+from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
-from stablediffusion.finetune import build
+from sdeblend.shell.settings import parse
+from stablediffusion.finetune import PipelineSettings
 from stablediffusion.rewards.learned import SCORERS, blip
 from stablediffusion.rewards.learned.pixels import CLIP_STD, Pixels, pixels_of
 from stablediffusion.rewards.scoring import Prompts, image_reward, score_each
@@ -348,15 +349,16 @@ def test_tuning_on_a_learned_reward(models, tmp_path):
              "width": 16}  # fmt: skip
 
     def built(models, names=("hpsv2", "vivid")):
-        return build(table | {"rewards": models}, names, file=file, seed=0, device=torch.device("cpu"))
+        options = parse(PipelineSettings, table | {"rewards": models}, file=file, section="[model]")
+        return options.build(names, file=file, seed=0, device=torch.device("cpu"))
 
     model, rewards = built({"hpsv2": {"model": folder, "batch": 3, "dtype": "bfloat16"}})
     assert rewards["hpsv2"].function.batch == 3 and rewards["hpsv2"].function.network.dtype == torch.bfloat16
     model, rewards = built({"hpsv2": folder})
-    kind, settings = trainer_of("backprop")
+    kind = TRAINERS["backprop"]
     before = {k: p.detach().clone() for k, p in model.trainable().items()}
     trainer = kind(model, WeightedReward({"hpsv2": rewards["hpsv2"]}),
-                   settings(kl_weight=0.1, groups=2, group_size=2, steps=2, learning_rate=1e-2))  # fmt: skip
+                   kind.settings_class(kl_weight=0.1, groups=2, group_size=2, steps=2, learning_rate=1e-2))  # fmt: skip
     assert all(np.isfinite(value) for value in trainer.iterate().values())
     assert any(not torch.equal(before[k], p) for k, p in model.trainable().items())
     refuses(lambda: built({"clipscore": folder}), "c.toml: [model.rewards] 'clipscore'", "hpsv2, vivid")

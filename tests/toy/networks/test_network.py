@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 
 from sdeblend import VPLinear
-from sdeblend.config import load_toml
+from sdeblend.shell.settings import parse, read_toml
 from tests.support.strategies import close, generator, mixtures, refuses
 from toy.mixtures.mixture import GaussianMixture
 from toy.networks.network import for_mixture, load_network, pretrain, save_network
-from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, build
+from toy.networks.tunable import ExactEps, MixtureSettings, MixtureTunable, TunedScore
 from toy.problems import line2, ring8
 from toy.statements.recovery import recovered
 
@@ -108,13 +109,19 @@ def test_tuned_score_is_a_score() -> None:
     close(TunedScore(model)(x, t), model.mixture.noised(SCHEDULE, t).score(x), 1e-5)
 
 
+def built(table: dict[str, object], reward: str, folder: Path, seed: int = 0) -> tuple[Any, Any]:
+    file = folder / "c.toml"
+    options = parse(MixtureSettings, table, file=file, section="[model]")
+    return options.build((reward,), file=file, seed=seed, device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"problem": "ring9"}, "problem"), ({"rank": 0}, "rank"), ({"depth": 3}, "depth"), ({"base": "net"}, "base")],
 )
 def test_build_refuses(change: dict[str, object], words: str, tmp_path: Path) -> None:
     def call() -> object:
-        return build(TABLE | change, ("right",), file=tmp_path / "c.toml", seed=0, device=torch.device("cpu"))
+        return built(TABLE | change, "right", tmp_path)
 
     refuses(call, words)
 
@@ -124,12 +131,10 @@ def test_build_makes_the_model_and_its_rewards(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(
         f'problem = "line2"\nwidth = 16\npretrain_steps = 2\nnetwork = "{place.as_posix()}"\n'
     )
-    table = load_toml(tmp_path / "c.toml")
-    models = [build(table, ("left",), file=tmp_path / "c.toml", seed=s, device=torch.device("cpu")) for s in (0, 1)]
+    table = read_toml(tmp_path / "c.toml")
+    models = [built(table, "left", tmp_path, seed=s) for s in (0, 1)]
     assert place.exists()
     assert models[0][0].identity() == models[1][0].identity()
     x = torch.randn(5, 1, generator=generator(5))
     close(models[0][1]["left"](x, None), line2().rewards["left"](x))
-    refuses(
-        lambda: build(table, ("up",), file=tmp_path / "c.toml", seed=0, device=torch.device("cpu")), "right, left"
-    )
+    refuses(lambda: built(table, "up", tmp_path), "right, left")
