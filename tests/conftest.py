@@ -68,7 +68,7 @@ def rng_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def slow_draws(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Let every drawing of random numbers of an evaluation take one second; return the time that it is."""
-    from sdeblend.evaluate import draws
+    from sdeblend.methods import draws
 
     now, philox = [0.0], draws.philox
 

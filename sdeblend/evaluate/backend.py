@@ -2,13 +2,13 @@
 
 A backend is an entry point of the group ``sdeblend.backends``: a kind and a function, ``Builder``, which makes it from
 the ``[backend]`` table. It offers variants (problems, or one problem at several KL weights, ...) and prompts; a
-``Case`` is one variant and one prompt, ready to be sampled by any method. What a backend cannot do it leaves out: a
-method that needs it is then left out with a reason, and the rest runs.
+``MeasuredCase`` is one variant and one prompt, ready to be sampled by any method, and its samples to be measured. What
+a backend cannot do it leaves out: a method that needs it is then left out with a reason, and the rest runs.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -18,34 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn, Reward
-from sdeblend.blend import Blend, Preference
-from sdeblend.evaluate.draws import Draws
-from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import ScoreFunction, ScoreStack
-from sdeblend.sde import BackwardSDE
-from sdeblend.solve import solve
-from sdeblend.steps import Step
+from sdeblend.methods.case import Case, Drawn
+from sdeblend.methods.draws import Draws
+from sdeblend.preference import Preference
 
 GROUP = "sdeblend.backends"
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked for: w by reward, and lambda.
-
-    Attributes:
-        weights: w_i by name of the reward, in the order of the members.
-        strength: lambda.
-    """
-
-    weights: Mapping[str, float]
-    strength: float = 1.0
-
-    @property
-    def coefficients(self) -> Tensor:
-        """Coefficients over (base, members), float64 (1 + m,)."""
-        return Preference(dict(self.weights), self.strength).coefficients()
 
 
 @dataclass(frozen=True)
@@ -85,24 +62,14 @@ class Distance:
     floor_sd: float | None = None
 
 
-class Case(ABC):
-    """One variant and one prompt, ready to be sampled.
+class MeasuredCase(Case):
+    """One variant and one prompt, ready to be sampled and measured.
 
     Attributes:
-        names: the members' rewards, in the order of ``stack`` after the base.
-        schedule, grid, step: the sampler that all methods share.
-        like: a tensor (*event) of the dtype and on the device of the state.
-        kl_weight: alpha of the members, None if not known.
         failures: sentences on samples that a reward failed on, since the cell began.
         kept_at: the results folder, below which these samples are kept, and how their names begin; None keeps none.
     """
 
-    names: tuple[str, ...]
-    schedule: NoiseSchedule
-    grid: Tensor
-    step: Step
-    like: Tensor
-    kl_weight: float | None = None
     failures: Sequence[str] = ()
     kept_at: tuple[Path, str] | None = None
     _base: tuple[Draws, Tensor] | None = None
@@ -117,10 +84,6 @@ class Case(ABC):
         self.kept_at, self.failures = (folder, stem), ()
 
     @abstractmethod
-    def stack(self, batch: int) -> ScoreStack:
-        """Return base and members, for a batch of this many rows."""
-
-    @abstractmethod
     def rewards(self, samples: Tensor) -> Mapping[str, Tensor]:
         """Return every reward that is reported, (B,) by name: the members' and others; NaN where it failed.
 
@@ -128,59 +91,16 @@ class Case(ABC):
             samples: (B, *event).
         """
 
-    @abstractmethod
-    def reward(self, name: str) -> Reward:
-        """Return one member's reward as methods see it, clean states (B, *event) -> (B,), NaN where it failed."""
-
-    def differentiable(self, name: str) -> Reward | None:
-        """Return one member's reward, or what stands in for it, with a gradient; None if there is none."""
-        return self.reward(name)
-
-    def weighted(self, wanted: Wanted) -> Reward:
-        """Return strength times r(w) as methods see it."""
-        parts = [(wanted.strength * w, self.reward(name)) for name, w in wanted.weights.items() if w]
-
-        def total(x: Tensor) -> Tensor:
-            out = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-            for weight, reward in parts:
-                out = out + weight * reward(x)
-            return out
-
-        return total
-
-    def differentiable_base(self, batch: int) -> ScoreFunction | None:
-        """Return the base's score as a function that is differentiable in x."""
-        return None
-
-    def score(self, role: str, wanted: Wanted, batch: int) -> ScoreFunction | None:
-        """Return a score of one model: "exact" (tuned for r(w) itself), "soup-deltas" or "soup-factors"; or None."""
-        return None
-
-    def higher_order(self, role: str, wanted: Wanted, batch: int) -> tuple[ScoreStack, tuple[str, ...]] | None:
-        """Return more members and their names, the base first.
-
-        Args:
-            role: "half": base, then "half:name" and "full:name" of each reward, tuned at twice the KL weight and at
-                the KL weight. "pairs": base, members by name, then "a+b" tuned for (r_a + r_b) / 2.
-            wanted: what for.
-            batch: rows.
-        """
-        return None
-
-    def union_weights(self, wanted: Wanted) -> Sequence[float]:
-        """Return v_i of the mixture of members that p_base sum_i w_i exp(r_i / alpha) is; w_i Z_i, if Z_i is known."""
-        return list(wanted.weights.values())
-
-    def measure(self, drawn: Drawn, wanted: Wanted) -> Mapping[str, Distance]:
+    def measure(self, drawn: Drawn, preference: Preference) -> Mapping[str, Distance]:
         """Return distances of the samples of one cell to the exact target p_base exp(lambda r(w) / alpha).
 
         Args:
             drawn: samples and weights.
-            wanted: what was asked for.
+            preference: what was asked for.
         """
         return {}
 
-    def expected(self, wanted: Wanted) -> Mapping[str, float]:
+    def expected(self, preference: Preference) -> Mapping[str, float]:
         """Return the mean of rewards under the exact target, by name; none where it is not known."""
         return {}
 
@@ -193,16 +113,12 @@ class Case(ABC):
             drawn: samples and weights.
             draws: what they were drawn with.
         """
-        return moved(drawn, drawn.samples, self.base(draws))
+        return moved(drawn, drawn.samples, self.base_samples(draws))
 
-    def base(self, draws: Draws) -> Tensor:
+    def base_samples(self, draws: Draws) -> Tensor:
         """Return the base's samples (B, *event); those of the last draws are remembered."""
         if self._base is None or self._base[0] is not draws:
-            c = torch.zeros(1 + len(self.names), dtype=torch.float64)
-            c[0] = 1
-            sde = BackwardSDE(self.schedule, Blend(self.stack(len(draws)), c))
-            x = draws.start(self.like, self.schedule.prior_std())
-            self._base = draws, solve(sde, x, self.grid, step=self.step, noise=draws.noise()).samples
+            self._base = draws, self.solve(self.base(len(draws)), draws).samples
         return self._base[1]
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> Mapping[str, Sequence[Any]]:
@@ -250,7 +166,7 @@ class Backend(Protocol):
     prompts: Sequence[str]
     identity: Mapping[str, Any]
 
-    def case(self, variant: str, prompt: str) -> Case:
+    def case(self, variant: str, prompt: str) -> MeasuredCase:
         """Return one variant and prompt, by name."""
 
 

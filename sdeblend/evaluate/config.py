@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -34,10 +34,12 @@ from typing import Any, ClassVar, Final
 import torch
 
 from sdeblend.config import REQUIRED, Spec, check_keys, load_toml
-from sdeblend.evaluate.backend import Backend, Variant, Wanted, build
-from sdeblend.evaluate.draws import MAX_SEED
-from sdeblend.evaluate.methods import METHODS
+from sdeblend.evaluate.backend import Backend, Variant, build
 from sdeblend.evaluate.report import report_settings
+from sdeblend.methods.draws import MAX_SEED
+from sdeblend.methods.registry import METHODS
+from sdeblend.preference import Preference
+from sdeblend.shell.settings import Settings, parse
 
 FORMAT: Final = 1
 CONFIGS: Final = Path(__file__).parent / "configs"
@@ -59,16 +61,6 @@ _GRID: Spec = {
     "block": (int, 0),
     "first_seed": (int, 0),
     "seed": (int, 0),
-}
-# The values that serve, whichever method they are for.
-_OPTIONS: Final[Mapping[str, tuple[str, Callable[[float], bool]]]] = {
-    "candidates": ("at least 2", lambda value: value >= 2),
-    "block": ("at least 1", lambda value: value >= 1),
-    "every": ("at least 1", lambda value: value >= 1),
-    "threshold": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "tempering": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "scale": ("at least 0, which stands for 1/kl_weight", lambda value: value >= 0),
-    "gamma": ("at least 0, which stands for none", lambda value: value >= 0),
 }
 _PUBLISHED: Spec = {
     "label": (str, REQUIRED),
@@ -99,9 +91,9 @@ class Cell:
     count: int
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> Preference:
         """What is asked for."""
-        return Wanted(dict(self.weights), self.strength)
+        return Preference(dict(self.weights), self.strength)
 
     @property
     def seeds(self) -> range:
@@ -138,7 +130,7 @@ class Plan:
     kind: str
     table: Mapping[str, Any]
     methods: tuple[str, ...]
-    options: Mapping[str, Mapping[str, Any]]
+    options: Mapping[str, Settings]
     preferences: tuple[str | tuple[float, ...], ...]
     strengths: tuple[float, ...]
     seeds: int
@@ -181,7 +173,7 @@ class Plan:
         decides = {
             "format": FORMAT,
             "cell": cell.spec(),
-            "options": dict(self.options[cell.method]),
+            "options": self.options[cell.method].model_dump(),
             "backend": {"kind": self.kind, **dict(self.table)},
             "identity": dict(backend.identity),
             "seed": self.seed,
@@ -276,7 +268,7 @@ def _methods(names: list[str], path: Path) -> tuple[str, ...]:
     if unknown:
         nearest = ", ".join(get_close_matches(unknown[0], METHODS, n=4, cutoff=0))
         raise ValueError(
-            f"{path}: [grid] methods must be of those in sdeblend.evaluate.methods, got {unknown[0]!r}; nearest are "
+            f"{path}: [grid] methods must be of those in sdeblend.methods, got {unknown[0]!r}; nearest are "
             f"{nearest}"
         )
     if not 0 < len(set(names)) == len(names):
@@ -284,17 +276,12 @@ def _methods(names: list[str], path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _options(methods: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+def _options(methods: Mapping[str, Any], name: str, path: Path) -> Settings:
     """Return the settings of a method, defaults filled in."""
     table = methods.get(name, {})
     if not isinstance(table, dict):
         raise ValueError(f"{path}: [methods] {name} must be a table, got {table!r}; write [methods.{name}]")
-    options = check_keys(table, METHODS[name].options, file=path, section=f"[methods.{name}]")
-    for key, value in options.items():
-        what, serves = _OPTIONS[key]
-        if not serves(value):
-            raise ValueError(f"{path}: [methods.{name}] {key} must be {what}, got {value:g}; correct it")
-    return options
+    return parse(METHODS[name].options, table, file=path, section=f"[methods.{name}]")
 
 
 def _check_grid(grid: Mapping[str, Any], preferences: list[Any], path: Path) -> None:
@@ -314,6 +301,8 @@ def _check_grid(grid: Mapping[str, Any], preferences: list[Any], path: Path) -> 
 
 def _plain(value: Any) -> Any:
     """Return a value as JSON has it after a round trip; infinities as text, which no strict reader refuses."""
+    if isinstance(value, Settings):
+        return value.model_dump()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -23,9 +23,10 @@ from sdeblend.evaluate.measures import (
     each_row,
     over_cells,
 )
-from sdeblend.evaluate.methods import METHODS, Method
 from sdeblend.evaluate.report import claimed_pairs
 from sdeblend.evaluate.rows import Row
+from sdeblend.methods.method import Method
+from sdeblend.methods.registry import METHODS
 
 Head = Mapping[str, Any]
 Cells = list[tuple[dict[str, Any], list[Row]]]

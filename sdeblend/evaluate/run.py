@@ -16,12 +16,12 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import torch
 
-from sdeblend.baselines.drawn import Drawn
-from sdeblend.evaluate.backend import Backend, Case
+from sdeblend.evaluate.backend import Backend, MeasuredCase
 from sdeblend.evaluate.config import FORMAT, Cell, Plan
-from sdeblend.evaluate.draws import Draws, clock
-from sdeblend.evaluate.methods import METHODS, NotApplicable
 from sdeblend.evaluate.rows import Folder, Row, number
+from sdeblend.methods.case import Drawn, NotApplicable
+from sdeblend.methods.draws import Draws, clock
+from sdeblend.methods.registry import METHODS
 
 # Whose version may change a number.
 _PACKAGES: Final = (
@@ -139,7 +139,7 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
             notes.append(f"{damage.split(';')[0]}; computed again")
         if damage is not None:
             todo.append((index, cell, key))
-    held: tuple[tuple[str, str], Case] | None = None
+    held: tuple[tuple[str, str], MeasuredCase] | None = None
     draws: Draws | None = None
     bar = tqdm(
         todo, desc=f"{plan.title}, process {processes.rank}" if processes.size > 1 else plan.title, unit="cell",
@@ -161,7 +161,7 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, processes: Wor
 
 
 def compute(
-    plan: Plan, cell: Cell, case: Case, draws: Draws, folder: Folder, key: str
+    plan: Plan, cell: Cell, case: MeasuredCase, draws: Draws, folder: Folder, key: str
 ) -> tuple[dict[str, Any], list[Row]]:
     """Sample one cell and measure it.
 
@@ -172,8 +172,8 @@ def compute(
     method, wanted = METHODS[cell.method], cell.wanted
     case.begin(folder.path, key)
     try:
-        # Wanted in the end, and remembered: what is prepared for a first run falls to no method.
-        case.base(draws)
+        # Preference in the end, and remembered: what is prepared for a first run falls to no method.
+        case.base_samples(draws)
         start = clock() - draws.seconds
         drawn = method.sample(case, wanted, draws, plan.options[cell.method])
         seconds = clock() - draws.seconds - start
@@ -210,7 +210,7 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}{f': {lines[0]}' if lines else ''}"
 
 
-def _rows(cell: Cell, case: Case, drawn: Drawn, folder: Folder, key: str) -> list[Row]:
+def _rows(cell: Cell, case: MeasuredCase, drawn: Drawn, folder: Folder, key: str) -> list[Row]:
     found = case.rewards(drawn.samples)
     rewards = {name: value.detach().double().cpu().tolist() for name, value in found.items()}
     log_weights = [0.0] * cell.count

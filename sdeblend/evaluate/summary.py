@@ -160,7 +160,7 @@ def summarise(stored: Stored) -> dict[str, Any]:
 def _chosen(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a method that are not its defaults."""
     method = method_of(name)
-    defaults = {} if method is None else {key: default for key, (_, default) in method.options.items()}
+    defaults = {} if method is None else method.options().model_dump()
     return {key: value for key, value in settings.items() if key not in defaults or defaults[key] != value}
 
 

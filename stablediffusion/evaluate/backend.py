@@ -52,9 +52,9 @@ from typing import Any, Literal
 import torch
 from diffusers import DDIMScheduler
 
-from sdeblend.baselines.interpolation import PAIR
 from sdeblend.config import REQUIRED, Spec, check_keys
 from sdeblend.evaluate.backend import Variant
+from sdeblend.methods.interpolation import PAIR
 from stablediffusion.adapters.files import find_lora, read_lora
 from stablediffusion.adapters.members import Members, load_members
 from stablediffusion.evaluate.case import PipelineCase

@@ -18,11 +18,12 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn, Reward
-from sdeblend.baselines.interpolation import PAIR
 from sdeblend.blend import Blend
-from sdeblend.evaluate.backend import Case, Distance, Wanted, moved
-from sdeblend.evaluate.draws import Draws
+from sdeblend.evaluate.backend import Distance, MeasuredCase, moved
+from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.interpolation import PAIR
+from sdeblend.preference import Preference
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
@@ -42,7 +43,7 @@ FLOORS: Final = 32
 _SOUPS = {"soup-deltas": "soup", "soup-factors": "soup-factors"}
 
 
-class PipelineCase(Case):
+class PipelineCase(MeasuredCase):
     """One set of members, guidance and prompt.
 
     Args:
@@ -91,18 +92,18 @@ class PipelineCase(Case):
     def differentiable_base(self, batch: int) -> ScoreFunction:
         return Blend(self._cut(self._stack(batch, [])), [1.0])
 
-    def score(self, role: str, wanted: Wanted, batch: int) -> ScoreFunction | None:
+    def score(self, role: OneModel, preference: Preference, batch: int) -> ScoreFunction | None:
         if role in _SOUPS:
-            shares = [wanted.strength * w for w in wanted.weights.values()]
-            adapters = [self.roles[f"member:{name}"] for name in wanted.weights]
-            named = dict(zip(adapters, shares, strict=True))
-            soup = SoupScore(self._stack(batch, []), self.members.chosen(adapters), named, _SOUPS[role])
+            shares = {self.roles[f"member:{name}"]: share for name, share in self.shares(preference).items()}
+            soup = SoupScore(self._stack(batch, []), self.members.chosen(list(shares)), shares, _SOUPS[role])
             return _Cut(soup, self.backend.settings["batch"] // self._branches, batch)
-        tuned = self._tuned(wanted)
+        tuned = self._tuned(preference)
         return None if tuned is None else Blend(self._cut(self._stack(batch, [tuned])), [0.0, 1.0])
 
-    def higher_order(self, role: str, wanted: Wanted, batch: int) -> tuple[ScoreStack, tuple[str, ...]] | None:
-        used = [name for name, weight in wanted.weights.items() if weight]
+    def higher_order(
+        self, role: MoreMembers, preference: Preference, batch: int
+    ) -> tuple[ScoreStack, tuple[str, ...]] | None:
+        used = [name for name, weight in self.weights(preference).items() if weight]
         if role == "half":
             own = {f"{kind}:{name}": f"{where}:{name}" for name in used
                    for kind, where in (("half", "half"), ("full", "member"))}  # fmt: skip
@@ -139,20 +140,20 @@ class PipelineCase(Case):
         self.failures = [*self.failures, *(way + failure for failure in failures)]
         return values
 
-    def reward(self, name: str) -> Reward:
+    def reward(self, name: str) -> StateReward:
         return _ImageScore(self, name, self._scale(name))
 
-    def differentiable(self, name: str) -> Reward | None:
+    def differentiable(self, name: str) -> StateReward | None:
         stand_in = self.backend.settings["gradients"].get(name, name)
         found = self.backend.rewards[stand_in].differentiable
         return _ImageScore(self, stand_in, self._scale(name), differentiate=True) if found else None
 
-    def measure(self, drawn: Drawn, wanted: Wanted) -> dict[str, Distance]:
-        found_law = self._law(wanted)
+    def measure(self, drawn: Drawn, preference: Preference) -> dict[str, Distance]:
+        found_law = self._law(preference)
         if found_law is None:
             return {}
         exact, law = found_law
-        shares = {name: wanted.strength * w for name, w in wanted.weights.items()}
+        shares = self.shares(preference)
         chosen = {name: self.backend.rewards[name] for name in self.names}
         values, _ = score_each(chosen, self._images(drawn.samples), Prompts((self.prompt,) * len(drawn.samples)))
         parts = [w / self._scale(name) * values[name].double() for name, w in shares.items()]
@@ -165,17 +166,17 @@ class PipelineCase(Case):
         distance = wasserstein_distance(found, exact, weights, law)
         return {"W1 of r(w)": Distance(float(distance), float(np.mean(floors)), float(np.std(floors, ddof=1)))}
 
-    def expected(self, wanted: Wanted) -> dict[str, float]:
-        found = self._law(wanted)
+    def expected(self, preference: Preference) -> dict[str, float]:
+        found = self._law(preference)
         if found is None or self._target is None:
             return {}
         return {name: float(found[1] @ r.numpy()) / self._scale(name) for name, r in self._target.items()}
 
-    def _law(self, wanted: Wanted) -> tuple[np.ndarray, np.ndarray] | None:
+    def _law(self, preference: Preference) -> tuple[np.ndarray, np.ndarray] | None:
         """Return lambda r(w) of drawings, (J,), and their probabilities under the exact target, if it is known."""
         if self._target is None or self.kl_weight is None:
             return None
-        parts = [wanted.strength * w / self._scale(name) * self._target[name] for name, w in wanted.weights.items()]
+        parts = [w / self._scale(name) * self._target[name] for name, w in self.shares(preference).items()]
         exact = torch.stack(parts).sum(0)
         return exact.numpy(), (exact / self.kl_weight).softmax(0).numpy()
 
@@ -225,9 +226,9 @@ class PipelineCase(Case):
     def _cut(self, stack: PipelineScore) -> ScoreStack:
         return _CutStack(stack, self.backend.settings["batch"] // self._branches, stack.shape[0])
 
-    def _tuned(self, wanted: Wanted) -> str | None:
+    def _tuned(self, preference: Preference) -> str | None:
         """Return the role of the member that was tuned for these weights at this strength."""
-        weights = torch.tensor(list(wanted.weights.values())) * wanted.strength
+        weights = torch.tensor(list(self.weights(preference).values())) * preference.strength
         for place, entry in enumerate(self.chosen["tuned"]):
             if bool((weights - torch.tensor(entry["weights"])).abs().max() < 1e-6):
                 return f"tuned:{place}"
@@ -251,7 +252,7 @@ class PipelineCase(Case):
     def _base_images(self, draws: Draws) -> Tensor:
         if self._based is None or self._based[0] is not draws:
             with torch.no_grad():
-                self._based = draws, self.decode(self.base(draws))
+                self._based = draws, self.decode(self.base_samples(draws))
         return self._based[1]
 
     def decode(self, x: Tensor) -> Tensor:

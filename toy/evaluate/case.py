@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn, Reward
-from sdeblend.baselines.interpolation import PAIR
-from sdeblend.evaluate.backend import Case, Distance, Wanted
+from sdeblend.evaluate.backend import Distance, MeasuredCase
 from sdeblend.grid import time_grid
+from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
+from sdeblend.methods.interpolation import PAIR
+from sdeblend.preference import Preference
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import ScoreFunction
 from sdeblend.steps import STEPS
@@ -42,7 +43,7 @@ class Posed:
     training: int = 0
 
 
-class MixtureCase(Case):
+class MixtureCase(MeasuredCase):
     """A problem with its sampler; scores, rewards and target in closed form.
 
     Args:
@@ -71,7 +72,7 @@ class MixtureCase(Case):
         x = samples.double()
         return {name: reward(x) for name, reward in {**self.problem.rewards, **self.reported}.items()}
 
-    def reward(self, name: str) -> Reward:
+    def reward(self, name: str) -> StateReward:
         return self.problem.rewards[name]
 
     def differentiable_base(self, batch: int) -> ScoreFunction:
@@ -79,10 +80,12 @@ class MixtureCase(Case):
         # The stack's closed form, in float64: its kernels work in place and know no gradient.
         return lambda x, t: base.noised(self.schedule, t).score(x).to(x)
 
-    def score(self, role: str, wanted: Wanted, batch: int) -> ScoreFunction | None:
-        return mixture_score(self.target(wanted), self.schedule) if role == "exact" else None
+    def score(self, role: OneModel, preference: Preference, batch: int) -> ScoreFunction | None:
+        return mixture_score(self.target(preference), self.schedule) if role == "exact" else None
 
-    def higher_order(self, role: str, wanted: Wanted, batch: int) -> tuple[MixtureStack, tuple[str, ...]]:
+    def higher_order(
+        self, role: MoreMembers, preference: Preference, batch: int
+    ) -> tuple[MixtureStack, tuple[str, ...]]:
         problem, alpha = self.problem, self.problem.kl_weight
         laws = {"base": problem.base}
         for name in self.names if role == "half" else ():
@@ -95,24 +98,24 @@ class MixtureCase(Case):
                     laws[a + PAIR + b] = problem.base.tilt(both, kl_weight=alpha)
         return MixtureStack(list(laws.values()), self.schedule), tuple(laws)
 
-    def union_weights(self, wanted: Wanted) -> list[float]:
+    def union_weights(self, preference: Preference) -> list[float]:
         logs = [self.problem.base.log_normalizer(r, kl_weight=self.problem.kl_weight)
                 for r in self.problem.rewards.values()]
         top = max(logs)
-        return [wanted.weights[name] * math.exp(z - top) for name, z in zip(self.names, logs, strict=True)]
+        return [w * math.exp(z - top) for w, z in zip(self.weights(preference).values(), logs, strict=True)]
 
-    def target(self, wanted: Wanted) -> GaussianMixture:
+    def target(self, preference: Preference) -> GaussianMixture:
         """Return p_base exp(lambda r(w) / alpha) / Z."""
-        return self.problem.target(dict(wanted.weights), wanted.strength)
+        return self.problem.target(preference)
 
-    def measure(self, drawn: Drawn, wanted: Wanted) -> dict[str, Distance]:
+    def measure(self, drawn: Drawn, preference: Preference) -> dict[str, Distance]:
         x, log_w = drawn.samples.double().cpu(), drawn.log_weights
-        found = self._reference(wanted, len(x))
+        found = self._reference(preference, len(x))
         floors = found.floors(drawn.effective)
         return {name: Distance(v, *floors[name]) for name, v in found.distances(x, log_w).items()}
 
-    def expected(self, wanted: Wanted) -> dict[str, float]:
-        target = self.target(wanted)
+    def expected(self, preference: Preference) -> dict[str, float]:
+        target = self.target(preference)
         return {name: target.mean_reward(r) for name, r in {**self.problem.rewards, **self.reported}.items()}
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
@@ -120,11 +123,11 @@ class MixtureCase(Case):
             return {}
         return {"x": [[float(f"{v:.6g}") for v in row] for row in samples.tolist()]}
 
-    def _reference(self, wanted: Wanted, n: int) -> Yardstick:
+    def _reference(self, preference: Preference, n: int) -> Yardstick:
         # The word keeps the draws that stored results were measured with.
-        key = ("target", tuple(wanted.weights.items()), wanted.strength, n)
+        key = ("target", tuple(self.weights(preference).items()), preference.strength, n)
         if key not in self._known:
-            yardstick = Yardstick(self.target(wanted), n, self._generator(str(key)))
+            yardstick = Yardstick(self.target(preference), n, self._generator(str(key)))
             self._known = {**dict(list(self._known.items())[-3:]), key: yardstick}
         return self._known[key]
 

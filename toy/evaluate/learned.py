@@ -20,7 +20,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from sdeblend.evaluate.backend import Wanted
+from sdeblend.methods.case import MoreMembers, OneModel
+from sdeblend.preference import Preference
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, Stack
 from toy.evaluate.case import MixtureCase, Posed
@@ -79,18 +80,18 @@ class LearnedCase(MixtureCase):
     def differentiable_base(self, batch: int) -> ScoreFunction:
         return self._scores.functions[0]
 
-    def higher_order(self, role: str, wanted: Wanted, batch: int) -> None:  # type: ignore[override]
+    def higher_order(self, role: MoreMembers, preference: Preference, batch: int) -> None:  # type: ignore[override]
         return None
 
-    def score(self, role: str, wanted: Wanted, batch: int) -> ScoreFunction | None:
-        shares = [wanted.strength * w for w in wanted.weights.values()]
+    def score(self, role: OneModel, preference: Preference, batch: int) -> ScoreFunction | None:
+        shares = list(self.shares(preference).values())
         if role == "soup-deltas":
             return self._with(list(zip(shares, self.factors, strict=True)))
         if role == "soup-factors":
             return self._with([(1.0, [_mean(shares, layer) for layer in zip(*self.factors, strict=True)])])
-        key = (*wanted.weights.items(), wanted.strength)
+        key = (*self.weights(preference).items(), preference.strength)
         if key not in self._tuned:
-            self._tuned[key] = self._with([(1.0, self.tuned(self.target(wanted), 1 + len(self.factors)))])
+            self._tuned[key] = self._with([(1.0, self.tuned(self.target(preference), 1 + len(self.factors)))])
         return self._tuned[key]
 
     def tuned(self, law: GaussianMixture, stream: int) -> Factors:

@@ -29,7 +29,8 @@ def plan_of(tmp_path, text):
 
 def test_defaults_are_filled_in(tmp_path):
     plan = plan_of(tmp_path, GOOD)
-    assert plan.options == {"mpa": {}, "code": {"candidates": 20, "block": 3}}
+    options = {name: options.model_dump() for name, options in plan.options.items()}
+    assert options == {"mpa": {}, "code": {"candidates": 20, "block": 3}}
     assert plan.report["reference"] == "mpa" and plan.block == 10 and plan.strengths == (1.0,)
     cells = plan.cells(plan.backend())
     assert [dict(cell.weights) for cell in cells[::2]] == [{"right": 0.5, "up": 0.5}, {"right": 0.2, "up": 0.8}]

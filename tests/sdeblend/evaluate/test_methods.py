@@ -1,19 +1,21 @@
 """Methods on a mixture: what each says it costs is what it evaluates, and all see the same noise."""
 
+import re
 import runpy
 
 import pytest
 import torch
 
-from sdeblend.baselines.drawn import Drawn
-from sdeblend.config import check_keys
-from sdeblend.evaluate.backend import Wanted
-from sdeblend.evaluate.config import _OPTIONS, load_plan
-from sdeblend.evaluate.draws import Draws
-from sdeblend.evaluate.methods import METHODS, NotApplicable
+from sdeblend.evaluate.config import load_plan
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
+from sdeblend.methods.case import Drawn, NotApplicable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.registry import METHODS
+from sdeblend.preference import Preference
+from sdeblend.score import ScoreStack
 from sdeblend.select import select_members
+from sdeblend.shell.settings import describe
 from tests.support.strategies import generator, refuses
 from toy import MixtureStack
 from toy.evaluate.backend import build
@@ -21,15 +23,15 @@ from toy.evaluate.case import MixtureCase
 
 BATCH, STEPS = 40, 12
 DEVICE = torch.device("cpu")
-UNEQUAL = Wanted({"right": 0.7, "up": 0.3})
+UNEQUAL = Preference({"right": 0.7, "up": 0.3})
 SMALL = {"code": {"candidates": 3, "block": 5}, "best-of-n": {"candidates": 4}}
 
 
-class Watching:
+class Watching(ScoreStack):
     """A score function or a stack that tells a case what it evaluates, its rows too."""
 
     def __init__(self, inner, case):
-        self.inner, self.case = inner, case
+        self.inner, self.case, self.names = inner, case, getattr(inner, "names", None)
 
     def __len__(self):
         return len(self.inner)
@@ -83,8 +85,7 @@ def watched(**table):
 
 
 def sampled(name, case, wanted=UNEQUAL):
-    options = check_keys(SMALL.get(name, {}), METHODS[name].options, file="f")
-    return METHODS[name].sample(case, wanted, Draws(0, "", range(BATCH)), options)
+    return METHODS[name](case, wanted, Draws(0, "", range(BATCH)), **SMALL.get(name, {}))
 
 
 SOUPS = {"soup", "soup-factors"}
@@ -93,7 +94,7 @@ SOUPS = {"soup", "soup-factors"}
 @pytest.mark.rng_untouched
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in SOUPS])
 def test_costs_are_what_is_evaluated_and_noise_is_shared(name):
-    case, wanted = watched(), Wanted({"right": 1.0, "up": 0.0}) if name == "kla" else UNEQUAL
+    case, wanted = watched(), Preference({"right": 1.0, "up": 0.0}) if name == "kla" else UNEQUAL
     drawn = sampled(name, case, wanted)
     assert case.evaluations == drawn.model_calls * BATCH
     # r(w) has as many parts as there are weights, and is counted once.
@@ -109,7 +110,7 @@ def test_costs_are_what_is_evaluated_and_noise_is_shared(name):
 
 
 def test_methods_that_must_agree_do():
-    corner, case = Wanted({"right": 0.0, "up": 1.0}), watched()
+    corner, case = Preference({"right": 0.0, "up": 1.0}), watched()
     exact = sampled("exact", case, corner).samples
     # A corner is a member: blending, picking and tuning for it are the same, on the same noise.
     for name in ("mpa", "kla", "ls-systematic", "ls-independent", "pairwise", "quadratic", "composite", "over-time",
@@ -118,8 +119,8 @@ def test_methods_that_must_agree_do():
     apart = sampled("mpa", case, UNEQUAL).samples - sampled("exact", case, UNEQUAL).samples
     assert float(apart.abs().mean()) > 0.01
     base = sampled("base", case).samples
-    torch.testing.assert_close(sampled("mpa", case, Wanted(UNEQUAL.weights, 0.0)).samples, base)
-    unguided = sampled("guidance", case, Wanted(UNEQUAL.weights, 0.0)).samples
+    torch.testing.assert_close(sampled("mpa", case, Preference(UNEQUAL.weights, 0.0)).samples, base)
+    unguided = sampled("guidance", case, Preference(UNEQUAL.weights, 0.0)).samples
     torch.testing.assert_close(unguided, base, rtol=1e-3, atol=1e-3)
 
 
@@ -136,12 +137,12 @@ def test_switch_takes_members_in_turn():
     [
         ("soup", UNEQUAL, "members that are networks"),
         ("kla", UNEQUAL, "one member"),
-        ("ls-shared", Wanted(UNEQUAL.weights, 2.0), "probabilities"),
-        ("pairwise", Wanted(UNEQUAL.weights, 2.0), "strength 1"),
-        ("union", Wanted(UNEQUAL.weights, 0.5), "tuned at"),
-        ("union", Wanted({"right": 2.0, "up": -1.0}), "not negative"),
-        ("composite", Wanted({"right": 0.0, "up": 0.0}), "a weight other than 0"),
-        ("guidance", Wanted({"right": 0.0, "up": 0.0}), "a weight other than 0"),
+        ("ls-shared", Preference(UNEQUAL.weights, 2.0), "probabilities"),
+        ("pairwise", Preference(UNEQUAL.weights, 2.0), "strength 1"),
+        ("union", Preference(UNEQUAL.weights, 0.5), "tuned at"),
+        ("union", Preference({"right": 2.0, "up": -1.0}), "not negative"),
+        ("composite", Preference({"right": 0.0, "up": 0.0}), "a weight other than 0"),
+        ("guidance", Preference({"right": 0.0, "up": 0.0}), "a weight other than 0"),
     ],
 )
 def test_a_method_says_why_it_does_not_apply(name, wanted, reason):
@@ -164,7 +165,7 @@ def test_every_method_names_its_source_and_cost():
 
 def test_distances_see_the_target_and_not_another():
     case, n = watched(), 2000
-    target, other = case.target(UNEQUAL), case.target(Wanted({"right": 0.5, "up": 0.5}))
+    target, other = case.target(UNEQUAL), case.target(Preference({"right": 0.5, "up": 0.5}))
     for law, near in ((target, True), (other, False)):
         drawn = sampled("base", case)
         drawn = type(drawn)(law.sample(n, generator=generator(1)), 0)
@@ -174,7 +175,7 @@ def test_distances_see_the_target_and_not_another():
 
 def test_weighted_distances_undo_their_weights():
     backend = build({"problems": ["line2"]}, file="f", seed=0, device=DEVICE)
-    case, wanted = backend.case("line2", ""), Wanted({"right": 0.7, "left": 0.3})
+    case, wanted = backend.case("line2", ""), Preference({"right": 0.7, "left": 0.3})
     base = case.problem.base.sample(20_000, generator=generator(1))
     log_weights = case.problem.reward(wanted.weights)(base) / case.problem.kl_weight
     drawn = type(sampled("base", watched()))(base, 0, log_weights=log_weights)
@@ -187,7 +188,7 @@ def test_weighted_distances_undo_their_weights():
 
 def test_the_union_has_another_law_and_says_so():
     case, wanted = watched(kl_weights=[0.5], steps=50), UNEQUAL
-    drawn = METHODS["union"].sample(case, wanted, Draws(0, "", range(4000)), {})
+    drawn = METHODS["union"](case, wanted, Draws(0, "", range(4000)))
     x = case.problem.base.sample(400_000, generator=generator(1))
     values = {name: reward(x) for name, reward in case.problem.rewards.items()}
     weights = sum(w * (values[name] / case.kl_weight).exp() for name, w in wanted.weights.items())
@@ -208,7 +209,7 @@ def test_the_reward_of_das_is_split_and_its_target_kept():
         case = build({"problems": [name]}, file="f", seed=0, device=DEVICE).case(name, "")
         reward = case.reported["r"]
         assert case.problem.base.mean_reward(reward) == pytest.approx(base, abs=0.005)
-        assert case.target(Wanted({"x": 0.5, "y": 0.5})).mean_reward(reward) == pytest.approx(target, abs=0.01)
+        assert case.target(Preference({"x": 0.5, "y": 0.5})).mean_reward(reward) == pytest.approx(target, abs=0.01)
         x = torch.randn(5, 2, generator=generator(0), dtype=torch.float64)
         values = case.rewards(x)
         torch.testing.assert_close(values["x"] + values["y"], values["r"])
@@ -219,7 +220,7 @@ def test_the_exact_targets_means_are_those_of_its_samples():
     found, drawn = case.expected(UNEQUAL), case.target(UNEQUAL).sample(40_000, generator=generator(3))
     for name, values in case.rewards(drawn).items():
         assert abs(found[name] - float(values.mean())) < 5 * float(values.std()) / 200
-    wrong = case.expected(Wanted({"right": 0.3, "up": 0.7}))
+    wrong = case.expected(Preference({"right": 0.3, "up": 0.7}))
     assert abs(wrong["up"] - found["up"]) > 0.1
 
 
@@ -300,12 +301,12 @@ def test_no_method_is_charged_for_random_numbers(tmp_path, slow_draws):
     ("old", "new", "parts"),
     [
         ("[methods.code]\ncandidates = 3", "[methods.code]\ncandidates = 1", ["[methods.code] candidates", "2, got 1"]),
-        ("[methods.code]", "[methods.code]\nblock = 0", ["[methods.code] block must be at least 1, got 0"]),
+        ("[methods.code]", "[methods.code]\nblock = 0", ["[methods.code] block must be an integer of at least 1, got"]),
         ("[methods.best-of-n]\ncandidates = 3", "[methods.best-of-n]\ncandidates = 0", ["best-of-n] candidates"]),
-        ("threshold = 0.7", "every = 0", ["[methods.steer-difference] every must be at least 1, got 0"]),
-        ("threshold = 0.7", "threshold = 1.5", ["threshold must be above 0 and at most 1, got 1.5"]),
-        ("gamma = 0.1", "gamma = -0.1", ["[methods.guidance] gamma must be at least 0", "-0.1"]),
-        ("gamma = 0.1", "scale = -1.0", ["[methods.guidance] scale must be at least 0", "-1"]),
+        ("threshold = 0.7", "every = 0", ["[methods.steer-difference] every must be an integer of at least 1, got 0"]),
+        ("threshold = 0.7", "threshold = 1.5", ["threshold must be a finite number above 0 and at most 1, got 1.5"]),
+        ("gamma = 0.1", "gamma = -0.1", ["[methods.guidance] gamma must be a finite number of at least 0", "-0.1"]),
+        ("gamma = 0.1", "scale = -1.0", ["[methods.guidance] scale must be a finite number of at least 0", "-1"]),
     ],
 )
 def test_options_that_cannot_serve_are_refused_before_anything_runs(tmp_path, old, new, parts):
@@ -314,7 +315,9 @@ def test_options_that_cannot_serve_are_refused_before_anything_runs(tmp_path, ol
 
 
 def test_every_option_has_its_values_checked():
-    assert {key for method in METHODS.values() for key in method.options} == set(_OPTIONS)
+    keys = {key.name: key for method in METHODS.values() for key in describe(method.options)}
+    assert set(keys) == {"candidates", "block", "every", "threshold", "tempering", "scale", "gamma"}
+    assert all(key.description and re.search(r"at least|above", key.kind) for key in keys.values())
 
 
 def test_accelerates_entry_tells_what_the_command_tells(monkeypatch, capsys):

@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdeblend.baselines.drawn import Drawn
-from sdeblend.evaluate.backend import Wanted
 from sdeblend.evaluate.config import CONFIGS, load_plan
-from sdeblend.evaluate.draws import Draws
-from sdeblend.evaluate.methods import METHODS, NotApplicable
 from sdeblend.evaluate.plotting_sheets import sheets
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
 from sdeblend.evaluate.summary import load
+from sdeblend.methods.case import Drawn, NotApplicable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.registry import METHODS
+from sdeblend.preference import Preference
 from sdeblend.shell.cli import main as cli
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.latents import SoupScore, pipeline_score
@@ -43,7 +43,7 @@ TABLE = {
     "gradients": {"compress": "compress-smooth"},
 }
 ALONE = {"tuned": None, "pairs": None, "half": None}
-EQUAL, FIRST = Wanted({"compress": 0.5, "vivid": 0.5}), Wanted({"compress": 1.0, "vivid": 0.0})
+EQUAL, FIRST = Preference({"compress": 0.5, "vivid": 0.5}), Preference({"compress": 1.0, "vivid": 0.0})
 
 
 def build(**changes):
@@ -79,9 +79,9 @@ def test_the_base_is_what_ddim_samples(backend, case):
             z = noise.normal(n + 1, case.like.shape).float()
             v = minus + 1.5 * (plus - minus)
             x = scheduler.step(v, t, x, eta=1.0, variance_noise=z).prev_sample
-    drawn = METHODS["base"].sample(case, EQUAL, draws(case), {})
+    drawn = METHODS["base"](case, EQUAL, draws(case))
     torch.testing.assert_close(drawn.samples, x, atol=2e-4, rtol=1e-4)
-    off = METHODS["mpa"].sample(case, EQUAL, draws(case), {}).samples
+    off = METHODS["mpa"](case, EQUAL, draws(case)).samples
     assert float((off - x).abs().max()) > 1e-2
 
 
@@ -152,13 +152,13 @@ def test_members_are_found_by_what_they_were_tuned_for(case):
     pair, names = case.higher_order("pairs", EQUAL, 1)
     assert names == ("base", "compress", "vivid", "compress+vivid")
     torch.testing.assert_close(pair(x, t)[3], half)
-    for lost in (Wanted({"compress": 0.3, "vivid": 0.7}), Wanted(dict(EQUAL.weights), 2.0)):
+    for lost in (Preference({"compress": 0.3, "vivid": 0.7}), Preference(dict(EQUAL.weights), 2.0)):
         assert case.score("exact", lost, 1) is None
     assert case.kl_weight == 0.125
 
 
 def test_rewards_are_in_units_of_the_members_files_and_methods_see_the_same(backend, case):
-    drawn = METHODS["base"].sample(case, EQUAL, draws(case), {})
+    drawn = METHODS["base"](case, EQUAL, draws(case))
     values = case.rewards(drawn.samples)
     assert list(values) == ["compress", "vivid", "align", "correct"]
     images = case.decode(drawn.samples)
@@ -173,21 +173,21 @@ def test_rewards_are_in_units_of_the_members_files_and_methods_see_the_same(back
 
 
 def test_batches_are_cut_and_nothing_else_changes(case):
-    whole = METHODS["code"].sample(case, EQUAL, draws(case), {"candidates": 2, "block": 2}).samples
-    soup = METHODS["soup"].sample(case, EQUAL, draws(case), {}).samples
+    whole = METHODS["code"](case, EQUAL, draws(case), candidates=2, block=2).samples
+    soup = METHODS["soup"](case, EQUAL, draws(case)).samples
     cut = build(batch=4)
     parts = cut.case(cut.variants[0].name, cut.prompts[0])
-    found = METHODS["code"].sample(parts, EQUAL, draws(parts), {"candidates": 2, "block": 2}).samples
+    found = METHODS["code"](parts, EQUAL, draws(parts), candidates=2, block=2).samples
     torch.testing.assert_close(found, whole, atol=1e-4, rtol=1e-4)
-    found = METHODS["soup"].sample(parts, EQUAL, draws(parts), {}).samples
+    found = METHODS["soup"](parts, EQUAL, draws(parts)).samples
     torch.testing.assert_close(found, soup, atol=1e-4, rtol=1e-4)
 
 
 def test_moved_and_diversity(case):
-    described = {name: case.describe(METHODS[name].sample(case, EQUAL, draws(case), {}), draws(case)) for name in
+    described = {name: case.describe(METHODS[name](case, EQUAL, draws(case)), draws(case)) for name in
                  ("base", "mpa")}  # fmt: skip
     assert described["base"]["moved"] == pytest.approx(0, abs=1e-6) and described["mpa"]["moved"] > 1e-3
-    drawn = METHODS["base"].sample(case, EQUAL, draws(case), {})
+    drawn = METHODS["base"](case, EQUAL, draws(case))
     images = case.decode(drawn.samples)
     pairs = [(images[i] - images[j]).square().mean().sqrt() for i, j in ((0, 1), (0, 2), (1, 2))]
     assert described["base"]["diversity"] == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-4)
@@ -195,7 +195,7 @@ def test_moved_and_diversity(case):
     assert case.describe(Drawn(drawn.samples[ancestors], 1.0), draws(case))["moved"] > 1e-3
     again = case.describe(Drawn(drawn.samples[ancestors], 1.0, ancestors=ancestors), draws(case))
     assert again["moved"] == pytest.approx(0, abs=1e-5)
-    chosen = METHODS["best-of-n"].sample(case, EQUAL, draws(case), {"candidates": 2})
+    chosen = METHODS["best-of-n"](case, EQUAL, draws(case), candidates=2)
     assert case.describe(chosen, draws(case)).keys() == {"diversity"}
 
 
@@ -345,7 +345,7 @@ def test_a_corrected_blend_without_noise_is_left_out():
     still = build(eta=0.0)
     case = still.case(still.variants[0].name, still.prompts[0])
     with pytest.raises(NotApplicable, match="solver with noise"):
-        METHODS["mpa-corrected"].sample(case, EQUAL, draws(case), {})
+        METHODS["mpa-corrected"](case, EQUAL, draws(case))
 
 
 def test_sets_and_guidances_are_variants():
@@ -379,7 +379,7 @@ def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case
     assert target is not None and target["compress"].shape == (512,)
     exact = target["compress"] / case._scale("compress")
     law = (exact / case.kl_weight).softmax(0)
-    drawn = METHODS["base"].sample(case, wanted, draws(case, 8), {})
+    drawn = METHODS["base"](case, wanted, draws(case, 8))
     found = case.measure(drawn, wanted)["W1 of r(w)"]
     by_hand = REWARDS["compress"](case.decode(drawn.samples), None).double() / case._scale("compress")
     levels = (torch.arange(20_000).double() + 0.5) / 20_000

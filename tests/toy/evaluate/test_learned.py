@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sdeblend.evaluate.backend import Wanted
-from sdeblend.evaluate.draws import Draws
-from sdeblend.evaluate.methods import METHODS
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.registry import METHODS
+from sdeblend.preference import Preference
 from tests.support.strategies import generator
 from toy.evaluate.backend import build
 
@@ -24,7 +24,7 @@ def case():
 
 
 def soup(case, role, first, second, strength=1.0):
-    return case.score(role, Wanted({"right": first, "up": second}, strength), 50)
+    return case.score(role, Preference({"right": first, "up": second}, strength), 50)
 
 
 @pytest.mark.parametrize("role", ["soup-deltas", "soup-factors"])
@@ -51,10 +51,10 @@ def test_a_soup_averages_differences_and_not_factors(case):
 
 @pytest.mark.rng_untouched
 def test_the_same_seed_gives_the_same_networks_and_samples(case):
-    again, wanted = learned(), Wanted({"right": 0.5, "up": 0.5})
+    again, wanted = learned(), Preference({"right": 0.5, "up": 0.5})
     assert torch.equal(again.stack(50)(X, T), case.stack(50)(X, T))
     for name in ("mpa", "soup", "soup-factors", "exact", "guidance"):
-        drawn, other = (METHODS[name].sample(c, wanted, Draws(0, "", range(8)), {}) for c in (case, again))
+        drawn, other = (METHODS[name](c, wanted, Draws(0, "", range(8))) for c in (case, again))
         assert torch.equal(drawn.samples, other.samples)
         assert drawn.model_calls == (8 if name == "mpa" else 4)
     assert case.higher_order("pairs", wanted, 8) is None

@@ -1,4 +1,4 @@
-"""Baselines against closed forms: each has the law it claims, costs what it says, and a control that fails."""
+"""Methods against closed forms: each has the law it claims, costs what it says, and a control that fails."""
 
 import math
 
@@ -6,21 +6,20 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from sdeblend import BackwardSDE, VPLinear, time_grid
-from sdeblend.baselines.drawn import evaluations
-from sdeblend.baselines.guidance import RewardGuidance, tempered
-from sdeblend.baselines.interpolation import pairwise, quadratic_strength
-from sdeblend.baselines.search import best_of_n, code
-from sdeblend.baselines.steering import steer
-from sdeblend.baselines.union import sample_union
-from sdeblend.blend import Blend
-from sdeblend.noise import BatchNoise
-from sdeblend.solve import solve
+from sdeblend import VPLinear, time_grid
+from sdeblend.methods.case import NotApplicable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.guidance import RewardGuidance, tempered
+from sdeblend.methods.interpolation import pairwise, quadratic_strength
+from sdeblend.methods.registry import METHODS
+from sdeblend.methods.union import sample_union
+from sdeblend.preference import Preference
 from sdeblend.stacks import CountingStack
 from sdeblend.steps import Ancestral, EulerMaruyama, ExponentialMultistep
+from tests.support.cases import ProblemCase
 from tests.support.strategies import generator, refuses
 from toy import GaussianMixture, MixtureStack, QuadraticReward, mixture_score
-from toy.problems import line2
+from toy.problems import Problem, line2
 
 SCHEDULE = VPLinear()
 GRID = time_grid(SCHEDULE, 60, "log-snr")
@@ -28,8 +27,14 @@ PROBLEM = line2(kl_weight=0.5)
 RIGHT = PROBLEM.rewards["right"]
 
 
-def base_sde():
-    return BackwardSDE(SCHEDULE, mixture_score(PROBLEM.base, SCHEDULE))
+FOR_RIGHT = Preference({"right": 1.0})
+
+
+def sampled(name, count, *, problem=PROBLEM, reward=None, grid=None, step=None, stack=None, **options):
+    """Sample a method for one reward, the problem's or another in its place."""
+    rewards = {} if reward is None else {"right": reward}
+    case = ProblemCase(problem, grid=grid, step=step, stack=stack, rewards=rewards)
+    return METHODS[name](case, FOR_RIGHT, Draws(1, "", range(count)), **options)
 
 
 def starts(count, seed=0):
@@ -57,10 +62,7 @@ GENEALOGY = 3.0
 @pytest.mark.parametrize("potential", ["difference", "maximum", "sum"])
 def test_steering_has_the_law_of_the_tilt(potential):
     # "maximum" and "sum" compound over resampling times until few particles are left: two times are few enough.
-    drawn = steer(
-        base_sde(), starts(20_000), GRID, RIGHT, 0.5, noise=BatchNoise(generator(1)), generator=generator(2),
-        potential=potential, every=5 if potential == "difference" else 20,
-    )  # fmt: skip
+    drawn = sampled(f"steer-{potential}", 20_000, every=5 if potential == "difference" else 20)
     p, error = share_right(drawn.samples, drawn.log_weights)
     error *= GENEALOGY
     assert abs(p - exact_right(PROBLEM.member("right"))) < 5 * error
@@ -69,11 +71,9 @@ def test_steering_has_the_law_of_the_tilt(potential):
 
 
 def test_best_of_n_has_the_law_of_the_largest():
-    base = GaussianMixture([1.0], [[0.0]], [1.0])
-    sde = BackwardSDE(SCHEDULE, mixture_score(base, SCHEDULE))
+    problem = Problem("normal", GaussianMixture([1.0], [[0.0]], [1.0]), {"right": QuadraticReward([1.0])}, 1.0)
     # Ancestral steps would lose a tenth of the variance on this grid, and with it of the result.
-    step, noise = ExponentialMultistep(), BatchNoise(generator(1))
-    drawn = best_of_n(sde, starts(20_000).reshape(5_000, 4, 1), GRID, lambda x: x[:, 0], noise=noise, step=step)
+    drawn = sampled("best-of-n", 5_000, problem=problem, step=ExponentialMultistep(), candidates=4)
     samples, n = drawn.samples[:, 0], 4
 
     def mean_of_largest(n):
@@ -86,18 +86,15 @@ def test_best_of_n_has_the_law_of_the_largest():
 
 
 def test_code_climbs_and_costs_what_it_says():
-    counting = CountingStack(MixtureStack([PROBLEM.base], SCHEDULE))
-    sde = BackwardSDE(SCHEDULE, Blend(counting, torch.tensor([1.0], dtype=torch.float64)))
-    x = starts(500)
-    drawn = code(sde, x, GRID, RIGHT, noise=BatchNoise(generator(1)), candidates=4, block=10)
-    assert counting.evaluations == drawn.model_calls * len(x) and drawn.reward_calls == 4 * 6
-    assert evaluations(sde.score) == 1
-    blind = code(sde, x, GRID, lambda x: torch.zeros(len(x)), noise=BatchNoise(generator(1)), candidates=4, block=10)
+    count, counting = 500, CountingStack(PROBLEM.stack(SCHEDULE))
+    drawn = sampled("code", count, stack=counting, candidates=4, block=10)
+    assert counting.evaluations == drawn.model_calls * count and drawn.reward_calls == 4 * 6
+    blind = sampled("code", count, reward=lambda x: torch.zeros(len(x)), candidates=4, block=10)
     reward, floor = RIGHT(drawn.samples), RIGHT(blind.samples)
-    error = math.hypot(float(reward.std()), float(floor.std())) / math.sqrt(len(x))
+    error = math.hypot(float(reward.std()), float(floor.std())) / math.sqrt(count)
     assert float(reward.mean() - floor.mean()) > 5 * error
     # The control: without a reward to see it samples the base.
-    assert abs(float(floor.mean()) - PROBLEM.base.mean_reward(RIGHT)) < 5 * float(floor.std()) / math.sqrt(len(x))
+    assert abs(float(floor.mean()) - PROBLEM.base.mean_reward(RIGHT)) < 5 * float(floor.std()) / math.sqrt(count)
 
 
 def failing(reward, wrong):
@@ -105,13 +102,10 @@ def failing(reward, wrong):
     return lambda x: torch.where(wrong(x), torch.nan, reward(x))
 
 
-@pytest.mark.parametrize("search", ["code", "best of n"])
+@pytest.mark.parametrize("search", ["code", "best-of-n"])
 def test_a_search_never_prefers_a_candidate_whose_reward_failed(search):
     def chosen(reward):
-        options = {"noise": BatchNoise(generator(1))}
-        if search == "code":
-            return code(base_sde(), starts(60), GRID, reward, candidates=4, block=30, **options)
-        return best_of_n(base_sde(), starts(240).reshape(60, 4, 1), GRID, reward, **options)
+        return sampled(search, 60, reward=reward, candidates=4, **({"block": 30} if search == "code" else {}))
 
     def too_far(x):
         return x[:, 0] > 0.5
@@ -126,10 +120,7 @@ def test_a_search_never_prefers_a_candidate_whose_reward_failed(search):
 @pytest.mark.parametrize("potential", ["difference", "maximum", "sum"])
 def test_steering_gives_no_weight_to_particles_whose_reward_failed(potential):
     def steered(reward, count=400, threshold=0.5):
-        return steer(
-            base_sde(), starts(count), GRID, reward, 0.5, noise=BatchNoise(generator(1)), generator=generator(2),
-            potential=potential, every=20, threshold=threshold,
-        )  # fmt: skip
+        return sampled(f"steer-{potential}", count, reward=reward, every=20, threshold=threshold)
 
     for threshold in (0.5, 1e-6):  # with resampling, and without
         drawn = steered(failing(RIGHT, lambda x: x[:, 0] < 0), threshold=threshold)
@@ -205,10 +196,8 @@ def test_tempered_guidance_grows_with_the_step():
 
 def test_a_union_is_the_mixture_of_its_members():
     members = [PROBLEM.member("right", 0.25), PROBLEM.member("left", 0.25)]
-    stack = MixtureStack([PROBLEM.base, *members], SCHEDULE)
-    drawn = sample_union(
-        stack, SCHEDULE, starts(20_000), time_grid(SCHEDULE, 200), [0.0, 0.3, 0.7], noise=BatchNoise(generator(1))
-    )
+    stack, grid = MixtureStack([PROBLEM.base, *members], SCHEDULE), time_grid(SCHEDULE, 200)
+    drawn = sample_union(ProblemCase(PROBLEM, stack=stack, grid=grid), [0.0, 0.3, 0.7], Draws(1, "", range(20_000)))
     exact = 0.3 * exact_right(members[0]) + 0.7 * exact_right(members[1])
     p, error = share_right(drawn.samples)
     assert abs(p - exact) < 5 * error + 0.005  # 200 steps; the second term is what discretisation may cost
@@ -220,17 +209,18 @@ def test_a_union_is_the_mixture_of_its_members():
 @pytest.mark.parametrize("step", [Ancestral(), Ancestral(eta=0.5), ExponentialMultistep(), EulerMaruyama()])
 def test_a_union_keeps_the_solvers_step(step):
     laws = [PROBLEM.member("right", 0.25), PROBLEM.member("left", 0.25)]
-    stack, x, grid = MixtureStack(laws, SCHEDULE), starts(20_000), time_grid(SCHEDULE, 200, "log-snr")
-    drawn = sample_union(stack, SCHEDULE, x, grid, [0.3, 0.7], noise=BatchNoise(generator(1)), step=step).samples
-    p, error = share_right(drawn)
+    case = ProblemCase(
+        PROBLEM, stack=MixtureStack(laws, SCHEDULE), grid=time_grid(SCHEDULE, 200, "log-snr"), step=step
+    )
+    draws = Draws(1, "", range(20_000))
+    p, error = share_right(sample_union(case, [0.3, 0.7], draws).samples)
     assert abs(p - 0.3 * exact_right(laws[0]) - 0.7 * exact_right(laws[1])) < 5 * error
     # A single member is sampled as it is alone.
-    alone = sample_union(stack, SCHEDULE, x, grid, [0.0, 1.0], noise=BatchNoise(generator(1)), step=step).samples
-    sde = BackwardSDE(SCHEDULE, mixture_score(laws[1], SCHEDULE))
-    same = solve(sde, x, grid, noise=BatchNoise(generator(1)), step=step).samples
-    torch.testing.assert_close(alone, same, rtol=1e-6, atol=1e-6)
-    still = ExponentialMultistep(stochastic=False)
-    refuses(lambda: sample_union(stack, SCHEDULE, x, grid, [1.0, 1.0], noise=None, step=still), "a step with noise")
+    alone, same = sample_union(case, [0.0, 1.0], draws), case.solve(mixture_score(laws[1], SCHEDULE), draws)
+    torch.testing.assert_close(alone.samples, same.samples, rtol=1e-6, atol=1e-6)
+    case.step = ExponentialMultistep(stochastic=False)
+    with pytest.raises(NotApplicable, match="a solver that has some"):
+        sample_union(case, [1.0, 1.0], draws)
 
 
 def control_error(mixtures, coefficients, target, t):
@@ -258,15 +248,18 @@ def test_higher_orders_cut_the_error(t):
     assert control_error(members, [w["a"], w["b"], w["a+b"]], both, t) < plain / 2
 
 
-def test_bad_input_is_one_sentence():
-    sde, x, noise, union = base_sde(), starts(4), BatchNoise(generator(0)), MixtureStack([PROBLEM.base], SCHEDULE)
-    ancestors = generator(0)
-    refuses(lambda: code(sde, x, GRID, RIGHT, noise=noise, candidates=1), "at least 2 candidates")
-    refuses(lambda: best_of_n(sde, x, GRID, RIGHT, noise=noise), "n >= 2")
-    refuses(lambda: steer(sde, x, GRID, RIGHT, 0.0, noise=noise, generator=ancestors), "kl_weight > 0")
-    refuses(
-        lambda: steer(sde, x, GRID, RIGHT, 0.5, noise=noise, generator=ancestors, potential="product"),
-        "a potential must be one of",
-    )
-    refuses(lambda: sample_union(union, SCHEDULE, x, GRID, [-1.0], noise=noise), "a union needs 1 weights")
+def test_what_cannot_serve_is_refused():
+    for name, options in (("code", {"candidates": 1}), ("code", {"block": 0}), ("best-of-n", {"candidates": 1}),
+                          ("steer-sum", {"every": 0}), ("mpa", {"candidates": 2})):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            sampled(name, 4, **options)
+    with pytest.raises(NotApplicable, match="ends at 0"):
+        sampled("steer-sum", 4, grid=GRID[:-1])
+    case = ProblemCase(PROBLEM)
+    with pytest.raises(NotApplicable, match="not negative"):
+        sample_union(case, [0.0, -1.0, 2.0], Draws(0, "", range(4)))
+    refuses(lambda: METHODS["mpa"](case, Preference({"rihgt": 1.0}), Draws(0, "", range(4))), "rihgt")
+    case.kl_weight = None
+    with pytest.raises(NotApplicable, match="kl_weight"):
+        METHODS["steer-sum"](case, FOR_RIGHT, Draws(0, "", range(4)))
     refuses(lambda: pairwise({"a": 1.0, "b": 1.0}), "sum to 1")

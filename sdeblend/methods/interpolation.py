@@ -17,8 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
+from typing import Final
 
-PAIR = "+"
+import torch
+
+from sdeblend.blend import Blend
+from sdeblend.methods.case import Case, Drawn, MoreMembers, NotApplicable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.method import Method, Sampler
+from sdeblend.preference import Preference
+from sdeblend.shell.settings import Settings
+
+PAIR: Final = "+"
 
 
 def quadratic_strength(strength: float) -> dict[str, float]:
@@ -53,3 +63,36 @@ def pairwise(weights: Mapping[str, float]) -> dict[str, float]:
         out[a] -= product / 2
         out[b] -= product / 2
     return out
+
+
+def _blend(role: MoreMembers) -> Sampler:
+    def sample(case: Case, preference: Preference, draws: Draws, options: Settings) -> Drawn:
+        weights = case.weights(preference)
+        if role == "pairs":
+            if abs(sum(weights.values()) - 1) > 1e-6 or preference.strength != 1:
+                raise NotApplicable("it is an expansion about weights that sum to 1 at strength 1")
+            named = pairwise(weights)
+        else:
+            shares = quadratic_strength(float(preference.strength))
+            named = {f"{k}:{name}": w * shares[k] for name, w in weights.items() for k in ("half", "full")}
+        found = case.higher_order(role, preference, len(draws))
+        if found is None:
+            raise NotApplicable(f"it needs members that are not there ({role})")
+        stack, names = found
+        c = torch.tensor([0.0, *[named[name] for name in names[1:]]], dtype=torch.float64)
+        c[0] = 1 - c.sum()
+        return case.solve(Blend(stack, c), draws)
+
+    return sample
+
+
+METHODS: Final = (
+    Method(
+        "quadratic", "quadratic strength", _blend("half"), "Lagrange interpolation in the strength",
+        "2K - 1 model calls a step",
+    ),
+    Method(
+        "pairwise", "pairwise DB-MPA", _blend("pairs"), "second order in the weights; exact halfway between two",
+        "K(K + 1)/2 model calls a step",
+    ),
+)  # fmt: skip

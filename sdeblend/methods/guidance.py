@@ -18,15 +18,33 @@ Source: Chung et al. 2209.14687 (DPS); Bansal et al. 2302.07121 (universal guida
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Reward, usable
+from sdeblend.methods.case import Case, Drawn, NotApplicable, StateReward, usable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.method import Method, Sampler
+from sdeblend.preference import Preference
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import Bound, ScoreFunction, restrict_rows
+from sdeblend.shell.settings import Settings
 
 _TINY = 1e-12
+
+
+class Guidance(Settings):
+    """Options of guidance.
+
+    Attributes:
+        scale: of the gradient; 0 stands for 1/kl_weight.
+        gamma: growth of the scale a step, see the module; 0 stands for none.
+    """
+
+    scale: float = Field(default=0.0, ge=0)
+    gamma: float = Field(default=0.0, ge=0)
 
 
 class RewardGuidance(Bound):
@@ -48,7 +66,7 @@ class RewardGuidance(Bound):
         self,
         score: ScoreFunction,
         schedule: NoiseSchedule,
-        rewards: Mapping[str, Reward],
+        rewards: Mapping[str, StateReward],
         weights: Mapping[str, float],
         scale: float | Callable[[Tensor], float],
         *,
@@ -114,3 +132,40 @@ def tempered(scale: float, gamma: float, grid: Tensor) -> Callable[[Tensor], flo
         return scale * min((1 + gamma) ** step - 1, 1.0)
 
     return at
+
+
+def _guided(*, normalised: bool) -> Sampler:
+    def sample(case: Case, preference: Preference, draws: Draws, options: Guidance) -> Drawn:
+        base = case.differentiable_base(len(draws))
+        if base is None:
+            raise NotApplicable("it needs a base that can be differentiated")
+        if not options.scale and case.kl_weight is None:
+            raise NotApplicable("its scale is 1/kl_weight, which is not known here; set one")
+        used = {name: w for name, w in case.weights(preference).items() if w}
+        if not used:
+            raise NotApplicable("it needs a reward with a weight other than 0")
+        rewards = {}
+        for name in used:
+            reward = case.differentiable(name)
+            if reward is None:
+                raise NotApplicable(f"it needs rewards with a gradient, which {name} has not")
+            rewards[name] = reward
+        full = float(preference.strength) * (options.scale or 1 / float(case.kl_weight or 1))
+        scale = tempered(full, options.gamma, case.grid) if options.gamma else full
+        drawn = case.solve(RewardGuidance(base, case.schedule, rewards, used, scale, normalised=normalised), draws)
+        return Drawn(drawn.samples, drawn.model_calls, drawn.model_calls, reward_calls=drawn.model_calls)
+
+    return sample
+
+
+_COST = "1 model call and gradient a step, 1 reward call and gradient a step"
+METHODS: Final = (
+    Method(
+        "guidance", "reward guidance", _guided(normalised=False), "Chung et al. 2209.14687 (DPS); scale 1/kl_weight",
+        _COST, Guidance,
+    ),
+    Method(
+        "guidance-normalised", "reward guidance, normalised", _guided(normalised=True),
+        "Bansal et al. 2302.07121; unit gradients", _COST, Guidance, aims=False,
+    ),
+)  # fmt: skip

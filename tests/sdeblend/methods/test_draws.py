@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sdeblend.evaluate.draws import MAX_SEED, Draws, clock, philox
+from sdeblend.methods.draws import MAX_SEED, Draws, clock, philox
 from tests.support.strategies import refuses
 
 

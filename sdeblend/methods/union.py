@@ -20,75 +20,73 @@ Source: Skreta et al. 2412.17762 (superposition, OR); Liptser and Shiryaev 1977,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from sdeblend.baselines.drawn import Drawn
-from sdeblend.grid import check_grid
-from sdeblend.noise import NoiseSource
-from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import ScoreStack
-from sdeblend.steps import Ancestral, Step
+from sdeblend.methods.case import Case, Drawn, NotApplicable
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.method import Method
+from sdeblend.preference import Preference
+from sdeblend.shell.settings import Settings
 
 
 def _no_second_point(x: Tensor, t: Tensor) -> Tensor:
     raise RuntimeError("a solver of one evaluation a step looks at no second point")
 
 
-def sample_union(
-    stack: ScoreStack,
-    schedule: NoiseSchedule,
-    x: Tensor,
-    grid: Tensor,
-    weights: Sequence[float] | Tensor,
-    *,
-    noise: NoiseSource,
-    step: Step | None = None,
-) -> Drawn:
+def sample_union(case: Case, shares: Sequence[float], draws: Draws) -> Drawn:
     """Sample the mixture sum_i v_i p_i of a stack's members.
 
     Args:
-        stack: K members; one of weight zero is not evaluated.
-        schedule: their forward process.
-        x: starts at grid[0], (B, *event); there the members agree, so that kappa starts at v.
-        grid: decreasing times.
-        weights: v_i, (K,), not negative; normalised to sum one.
-        noise: source of the steps' noise.
-        step: solver step with noise and one evaluation, ancestral by default.
+        case: what is sampled; at its first time the members agree, so that kappa starts at v.
+        shares: v_i of base and members, (K,), not negative; normalised to sum one. One of zero is not evaluated.
+        draws: the seeds.
 
     Returns:
         samples, cost, and "entropy": the mean entropy of the final kappa in nats (0: every path knows its member).
 
     Raises:
-        ValueError: weights that are negative, all zero or not one a member; a step without noise.
+        NotApplicable: shares that are negative or all zero; a solver without noise, or that looks inside a step.
     """
-    v = torch.as_tensor(weights, dtype=torch.float64)
-    if v.shape != (len(stack),) or bool((v < 0).any()) or float(v.sum()) <= 0:
-        raise ValueError(f"a union needs {len(stack)} weights >= 0, not all zero, got {v.tolist()}; one a member")
-    step = step or Ancestral()
-    if not step.stochastic or step.evaluations != 1:
-        raise ValueError(
-            f"a union needs a step with noise and one evaluation, got {type(step).__name__}; use Ancestral()"
-        )
-    active = v.nonzero().flatten().tolist()
-    grid = check_grid(grid, schedule)
+    v = torch.as_tensor(shares, dtype=torch.float64)
+    if bool((v < 0).any()) or not bool(v.any()):
+        raise NotApplicable("it needs weights that are not negative, one of them above 0")
+    if not case.step.stochastic or case.step.evaluations != 1:
+        raise NotApplicable("it follows the members by their noise, and needs a solver that has some, one call a step")
+    active, stack = v.nonzero().flatten().tolist(), case.stack(len(draws))
+    x, noise = case.start(draws), draws.noise()
     log_kappa = v[active].log().unsqueeze(1).expand(-1, len(x)).to(x.device)
     old: Tensor | None = None  # the members' posterior means one step ago
-    for n, move in enumerate(step.plan(schedule, grid)):
+    for n, move in enumerate(case.step.plan(case.schedule, case.grid)):
         members = stack(x, move.t, active)
         kappa = log_kappa.softmax(0).to(x).reshape(len(active), len(x), *[1] * (x.ndim - 1))
         score, before = (kappa * members).sum(0), None if old is None else (kappa * old).sum(0)
         z = noise(n, move.t, move.s, x) if move.g else None
-        following = step.advance(move, x, score, before, z, _no_second_point)
+        following = case.step.advance(move, x, score, before, z, _no_second_point)
         if move.g:
             means = x * move.a + members * move.b + (0.0 if old is None else old * move.c)
             distance = (following - means).flatten(2).double().square().sum(2)
             log_kappa = log_kappa - distance / (2 * move.g**2)
             log_kappa = log_kappa - log_kappa.logsumexp(0)
-        if step.multistep:
+        if case.step.multistep:
             old = x * move.p + members * move.q
         x = following
     final = log_kappa.softmax(0)
     entropy = float(-(final * final.clamp_min(1e-300).log()).sum(0).mean())
-    return Drawn(x, (len(grid) - 1) * len(active), facts={"entropy": entropy})
+    return Drawn(x, (len(case.grid) - 1) * len(active), facts={"entropy": entropy})
+
+
+def _union(case: Case, preference: Preference, draws: Draws, options: Settings) -> Drawn:
+    if preference.strength != 1:
+        raise NotApplicable("members are mixed at the strength they were tuned at")
+    return sample_union(case, [0.0, *case.union_weights(preference)], draws)
+
+
+METHODS: Final = (
+    Method(
+        "union", "OR of members", _union, "Skreta et al. 2412.17762; its law is the mixture of members",
+        "K model calls a step", aims=False,
+    ),
+)  # fmt: skip
