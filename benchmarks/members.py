@@ -28,9 +28,10 @@ import torch
 from benchmarks.timing import RESULTS
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from sdeblend.finetune.trainers import TRAINERS
-from sdeblend.io import write_atomically
 from sdeblend.reward import WeightedReward
 from sdeblend.score import Stack
+from sdeblend.shell.console import markdown
+from sdeblend.shell.files import write_atomically
 from toy import metrics
 from toy.networks.network import for_mixture, load_network, pretrain, save_network
 from toy.networks.tunable import MixtureTunable, TunedScore, reward_of
@@ -234,30 +235,30 @@ def table(cells: dict[str, Cell]) -> str:
         f"seconds until the slope stays within {NEAR:g} of 1.", "",
         "All cells, by the recipes in benchmarks/members.py. \"dpok, published\", the same loss trained longer and "
         "\"backprop, last 5\" state no KL weight: their slopes are what they happen to reach.", "",
-        *_summary(cells), "",
+        _summary(cells), "",
     ]  # fmt: skip
     for (name, reward), kind in REWARDS.items():
         for alpha in KL_WEIGHTS:
             head = f"{name}|{reward}|{alpha}|"
             own = {key.removeprefix(head): cell for key, cell in cells.items() if key.startswith(head)}
             if own:
-                lines += [f"## {name}, {reward} ({kind}), KL weight {alpha:g}", "", *_details(own), ""]
+                lines += [f"## {name}, {reward} ({kind}), KL weight {alpha:g}", "", _details(own), ""]
     blends = {tuple(key.split("|")[1:]): cell for key, cell in cells.items() if key.startswith("blend|")}
     if blends:
         lines += ["## Blends", "",
                   f"Of two members, half and half, learned by regression (mean of {len(SEEDS)} tunings ± standard "
                   "error) or exact, against the exact target; what learned members add to the blend's own error is "
-                  "the difference:", "",
-                  "| problem | members | KL weight | TV, learned | TV, exact | floor | W2, learned | W2, exact | "
-                  "floor | TV of each learned member |",
-                  "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+                  "the difference:", ""]  # fmt: skip
+        header = ("problem", "members", "KL weight", "TV, learned", "TV, exact", "floor", "W2, learned", "W2, exact",
+                  "floor", "TV of each learned member")  # fmt: skip
+        rows = []
         for (name, alpha), cell in blends.items():
             values = []
             for kind in ("tv", "w2"):
                 values += [_mean(cell[f"learned_{kind}"]), *(f"{cell[f'{w}_{kind}']:.3f}" for w in ("exact", "floor"))]
             members = ", ".join(_mean(cell[reward + "_tv"]) for reward in cell["rewards"])
-            row = (name, ", ".join(cell["rewards"]), f"{float(alpha):g}", *values, members)
-            lines.append(f"| {' | '.join(row)} |")
+            rows.append((name, ", ".join(cell["rewards"]), f"{float(alpha):g}", *values, members))
+        lines.append(markdown(header, rows))
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -273,17 +274,15 @@ def _there(cells: list[Cell]) -> list[str]:
     return [f"{len(arrived)} of {len(cells)}", *spans]
 
 
-def _summary(cells: dict[str, Cell]) -> list[str]:
+def _summary(cells: dict[str, Cell]) -> str:
     """Return a table with one row a trainer: the range of what it reached over all cells."""
-    lines = [
-        "| trainer | cells | slope | residual | TV | W2 | reward calls | seconds | there | calls to there | "
-        "seconds to there |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ("trainer", "cells", "slope", "residual", "TV", "W2", "reward calls", "seconds", "there", "calls to there",
+              "seconds to there")  # fmt: skip
+    rows = []
     floors = [cell for key, cell in cells.items() if key.endswith("|floor")]
     if floors:
         spans = [_span([cell[f"floor_{name}"] for cell in floors], 3) for name in ("tv", "w2")]
-        lines.append(f"| exact samples | {len(floors)} | 1 | 0 | {spans[0]} | {spans[1]} | | | | | |")
+        rows.append(["exact samples", str(len(floors)), "1", "0", *spans, *[""] * 5])
     for trainer in RECIPES:
         own = [cell for key, cell in cells.items() if key.endswith(f"|{trainer}")]
         done = [cell for cell in own if "failed" not in cell]
@@ -291,8 +290,8 @@ def _summary(cells: dict[str, Cell]) -> list[str]:
             parts = [_span([cell[name] for cell in done], digits) for name, digits in
                      (("slope", 2), ("residual", 3), ("tv", 3), ("w2", 3), ("reward_calls", 0), ("seconds", 0))]
             failed = f" ({len(own) - len(done)} failed)" if len(done) < len(own) else ""
-            lines.append(f"| {trainer} | {len(own)}{failed} | {' | '.join([*parts, *_there(done)])} |")
-    return lines
+            rows.append([trainer, f"{len(own)}{failed}", *parts, *_there(done)])
+    return markdown(header, rows)
 
 
 def _span(values: list[float], digits: int) -> str:
@@ -300,28 +299,24 @@ def _span(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _details(cells: dict[str, Cell]) -> list[str]:
+def _details(cells: dict[str, Cell]) -> str:
     """Return the table of one problem, reward and KL weight; cells by trainer."""
-    lines = [
-        "| trainer | slope | residual (of the base network) | TV | W2 | reward calls | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ("trainer", "slope", "residual (of the base network)", "TV", "W2", "reward calls", "seconds")
+    rows = []
     if "floor" in cells:
-        floor_cell = cells["floor"]
-        rows = (("floor", "exact samples", "1 | 0"), ("exact", "exact score", "1 | 0"),
-                ("base", "base network, to the base", "|"))  # fmt: skip
-        lines += [f"| {words} | {known} | {floor_cell[f'{key}_tv']:.3f} | {floor_cell[f'{key}_w2']:.3f} | | |"
-                  for key, words, known in rows]
+        for key, words, slope, residual in (("floor", "exact samples", "1", "0"), ("exact", "exact score", "1", "0"),
+                                            ("base", "base network, to the base", "", "")):  # fmt: skip
+            measured = [f"{cells['floor'][f'{key}_{distance}']:.3f}" for distance in ("tv", "w2")]
+            rows.append([words, slope, residual, *measured, "", ""])
     for trainer in RECIPES:
         cell = cells.get(trainer, {})
         if "failed" in cell:
-            lines.append(f"| {trainer} | {cell['failed']} | | | | | |")
+            rows.append([trainer, cell["failed"], *[""] * 5])
         elif cell:
-            lines.append(
-                f"| {trainer} | {cell['slope']:.2f} | {cell['residual']:.3f} ({cell['base_residual']:.3f}) | "
-                f"{cell['tv']:.3f} | {cell['w2']:.3f} | {cell['reward_calls']} | {cell['seconds']:.0f} |"
-            )
-    return lines
+            numbers = [f"{cell['tv']:.3f}", f"{cell['w2']:.3f}", str(cell["reward_calls"]), f"{cell['seconds']:.0f}"]
+            residual = f"{cell['residual']:.3f} ({cell['base_residual']:.3f})"
+            rows.append([trainer, f"{cell['slope']:.2f}", residual, *numbers])
+    return markdown(header, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import markdown
+from sdeblend.shell.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,9 +68,8 @@ def machine() -> dict[str, Any]:
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [line.split(":", 1)[1].strip() for line in lines]
         model = names[0] if names else model
     return {
         "processor": model,
@@ -86,18 +86,17 @@ def save(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write rows (what, value, unit, target, met, against) beside the machine's name, as JSON and a table."""
     about = machine()
     write_atomically(RESULTS / f"{name}.json", json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
-    head = "| what | measured | aim | met | detail |\n| --- | --- | --- | --- | --- |\n"
-    body = "".join(
-        f"| {row['what']} | {row['value']:.3g} {row['unit']} | {row.get('aim', '')} | {_verdict(row)} "
-        f"| {row.get('detail', '')} |\n"
+    header = ("what", "measured", "aim", "met", "detail")
+    lines = [
+        (row["what"], f"{row['value']:.3g} {row['unit']}", row.get("aim", ""), _verdict(row), row.get("detail", ""))
         for row in rows
-    )
+    ]
     where = ", ".join(
         [about["processor"], f"{about['cores']} cores", f"{about['threads']} thread(s)"]
         + ([about["gpu"]] if about["gpu"] else [])
         + [f"torch {about['torch']}", about["date"]]
     )
-    text = f"# {name}\n\nMeasured by `python -m benchmarks.{name}` on {where}.\n\n{head}{body}"
+    text = f"# {name}\n\nMeasured by `python -m benchmarks.{name}` on {where}.\n\n{markdown(header, lines)}\n"
     path = RESULTS / f"{name}.md"
     write_atomically(path, text)
     print(text)

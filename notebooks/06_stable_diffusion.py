@@ -21,8 +21,8 @@ import torch
 from IPython.display import Image, display
 
 from sdeblend import Preference
+from sdeblend.shell.figures import contact_sheet, curves, encoded
 from stablediffusion import load_members
-from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
 from stablediffusion.small import load_small
 from stablediffusion.small.candidates import draw_candidates
 from stablediffusion.small.cells import PROMPTS, draw_cell, mean_and_error
@@ -41,7 +41,7 @@ print("bundled:", ", ".join(bundled_names()))
 
 def show(figure, dpi=90):
     """Display a figure as PNG."""
-    display(Image(png(figure, dpi)))
+    display(Image(encoded(figure, dpi=dpi)))
 
 
 def pair(vivid):
@@ -64,7 +64,7 @@ weights = [0.0, 0.5, 1.0] if FAST else [0.0, 0.25, 0.5, 0.75, 1.0]
 modes = ["mpa", "soup"]
 cells = {m: [draw_cell(pipe, members, pair(w), mode=m, each=EACH, steps=STEPS) for w in weights] for m in modes}
 show(
-    sheet_figure(
+    contact_sheet(
         [[cell.images for cell in cells[m]] for m in modes],
         rows=[NAMES[m] for m in modes],
         columns=[f"compress {1 - w:g}, vivid {w:g}" for w in weights],
@@ -114,7 +114,7 @@ for reward, unit in (("compress", "minus the JPEG size, kB"), ("vivid", "colourf
     lines = {NAMES[m]: curve(weights, many[m], reward) for m in modes}
     lines["tuned for the preference"] = curve(list(tuned), oracle, reward)
     lines["exact target"] = weights, [target(w, reward) for w in weights], None
-    show(curves_figure(lines, x="weight of vivid", y=unit, dashed=["exact target"]))
+    show(curves(lines, x="weight of vivid", y=unit, dashed=["exact target"]))
 oracles.remove()
 
 # %% [markdown]
@@ -133,7 +133,7 @@ for name, found in (("guidance 1", many["mpa"]), (f"guidance {GUIDANCE:g}", cell
     nats = [mean_and_error(cell.nats) for cell in found]
     lines[name] = weights, *zip(*nats, strict=True)
     print(name, "nats:", [f"{value:.3g} +- {error:.2g}" for value, error in nats])
-show(curves_figure(lines, x="weight of vivid", y="certificate, nats an image"))
+show(curves(lines, x="weight of vivid", y="certificate, nats an image"))
 
 # %% [markdown]
 # ## Strength
@@ -151,7 +151,7 @@ turned = [
     for name in names
 ]
 show(
-    sheet_figure(
+    contact_sheet(
         [[cell.images for cell in line] for line in turned],
         rows=names,
         columns=[f"strength {s:g}" for s in strengths],
@@ -173,7 +173,7 @@ print("strength 0 agrees:", torch.equal(turned[0][0].images, turned[1][0].images
 kinds = ["mpa", "soup", "ls"]
 half = [draw_cell(pipe, members, pair(0.5), mode=m, each=EACH, steps=STEPS) for m in kinds]
 show(
-    sheet_figure(
+    contact_sheet(
         [[cell.images for cell in half]],
         rows=["weights 0.5, 0.5"],
         columns=[NAMES[m] for m in kinds],

@@ -27,9 +27,9 @@ from sdeblend.finetune.config import load_tuning
 from sdeblend.finetune.run import METRICS, train
 from sdeblend.finetune.trainers.backprop import BackpropSettings, RewardBackprop
 from sdeblend.reward import WeightedReward
+from sdeblend.shell.figures import contact_sheet, curves, encoded
 from stablediffusion import load_members
 from stablediffusion.finetune import PipelineTunable
-from stablediffusion.plotting_sheets import curves_figure, png, sheet_figure
 from stablediffusion.rewards import REWARDS
 from stablediffusion.scenes.captions import COLOURS, SHAPES, SIZES, parse
 from stablediffusion.scenes.scorer import accuracies
@@ -45,7 +45,7 @@ out = Path(folder.name)
 
 def show(figure, dpi=90):
     """Display a figure as PNG."""
-    display(Image(png(figure, dpi)))
+    display(Image(encoded(figure, dpi=dpi)))
 
 
 # %% [markdown]
@@ -81,7 +81,7 @@ SD = float(by_caption.var(1).mean().sqrt())
 print(f"warm, standard deviation: {SD:.3f} within a caption, {float(values.std()):.3f} over all pictures")
 ranked = values.argsort()[torch.linspace(0, len(values) - 1, 4 if FAST else 8).long()]
 names = [f"{float(values[i]):+.2f}" for i in ranked]
-show(sheet_figure([[images[i : i + 1] for i in ranked]], rows=["warm"], columns=names, across=1, width=0.9))
+show(contact_sheet([[images[i : i + 1] for i in ranked]], rows=["warm"], columns=names, across=1, zoom=2))
 
 # %% [markdown]
 # ## Tune it
@@ -123,7 +123,7 @@ mean = [float(by_caption.mean() / SD)] * 2
 aim = [float(tilted(by_caption / SD, 1 / settings.kl_weight)[0].mean())] * 2
 lines = {"member, while it is tuned": (after, blocks.mean(1).tolist(), (blocks.std(1) / block**0.5).tolist())}
 lines |= {"base": ([0, ITERATIONS], mean, None), "target": ([0, ITERATIONS], aim, None)}
-show(curves_figure(lines, x="iteration", y="warm, standard deviations", dashed=["target"]))
+show(curves(lines, x="iteration", y="warm, standard deviations", dashed=["target"]))
 
 # %% [markdown]
 # The same from the command line, with the function in a file `mine.py`, is `sdeblend finetune warm.toml` and this file:
@@ -200,10 +200,10 @@ def law(rewards, power=0.0):
 
 
 laws = {"base": law(r["base"]), "member": law(r["member"]), "target": law(r["base"], 1 / found.kl_weight)}
-show(curves_figure(laws, x="warm, standard deviations", y="pictures, %", dashed=["target"]))
+show(curves(laws, x="warm, standard deviations", y="pictures, %", dashed=["target"]))
 order = wanted.argsort()
 each = {name: (range(len(order)), v[order].tolist(), None) for name, v in (("member", moved), ("target", wanted))}
-figure = curves_figure(each, x="", y="moved, standard deviations", dashed=["target"])
+figure = curves(each, x="", y="moved, standard deviations", dashed=["target"])
 figure.axes[0].set_xticks(range(len(order)), [many["prompts"][i][2:] for i in order], rotation=45, ha="right")
 show(figure)
 
@@ -228,7 +228,7 @@ shown = common | {"prompts": unseen[1:4:2] if FAST else unseen[1:9:2], "each": 2
 weights = [0.0, 0.5, 1.0] if FAST else [0.0, 0.25, 0.5, 0.75, 1.0]
 cells = [draw_cell(pipe, members, Preference({"warm": w, "vivid": 1 - w}), **shown) for w in weights]
 columns = [f"warm {w:g}, vivid {1 - w:g}" for w in weights]
-show(sheet_figure([[c.images for c in cells]], rows=["blend"], columns=columns, notes=[[note(c) for c in cells]]))
+show(contact_sheet([[c.images for c in cells]], rows=["blend"], columns=columns, notes=[[note(c) for c in cells]]))
 
 # %% [markdown]
 # ## Turn the strength
@@ -246,14 +246,14 @@ turn = [Preference({"warm": 1.0}, strength=s) for s in strengths]
 cells = [draw_cell(pipe, members, preference, **shown) for preference in turn]
 columns = [f"strength {s:g}" for s in strengths]
 notes = [[note(c, certified=False) for c in cells]]
-show(sheet_figure([[c.images for c in cells]], rows=["warm"], columns=columns, notes=notes))
+show(contact_sheet([[c.images for c in cells]], rows=["warm"], columns=columns, notes=notes))
 few = many | {"each": FEW}
 found = [draw_cell(pipe, members, preference, **few).rewards["warm"] for preference in turn]
 found = [value.reshape(-1, FEW).double() / SD for value in found]
 means, errors = zip(*(mean_and_error(value.mean(1)) for value in found), strict=True)
 aims = [float(tilted(r["base"], s / members["warm"].kl_weight)[0].mean()) for s in strengths]
 lines = {"member": (strengths, means, errors), "target": (strengths, aims, None)}
-show(curves_figure(lines, x="strength", y="warm, standard deviations", dashed=["target"]))
+show(curves(lines, x="strength", y="warm, standard deviations", dashed=["target"]))
 
 # %% [markdown]
 # ## Your own model

@@ -63,7 +63,8 @@ def _block(lines: Sequence[Sequence[str]], columns: Sequence[int], left: int, wi
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown, lines without a final newline."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+    lines = (header, ["---"] * len(header), *rows)
+    return "\n".join("|" + "|".join(f" {part} " if part else " " for part in line) + "|" for line in lines)
 
 
 def width_of(stream: IO[str]) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -45,6 +45,7 @@ _UNDATED: Final[dict[str, dict[str, Any]]] = {
     "pdf": {"CreationDate": None},
 }
 _GAP: Final = 8
+_SEEN: Final = 220
 
 
 def panels(
@@ -67,6 +68,37 @@ def panels(
     for axes in grid[:count]:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, list(grid[:count])
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float] | None]],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    dashed: Sequence[str] = (),
+) -> Figure:
+    """Draw curves with two standard errors as bars.
+
+    Args:
+        lines: name -> (positions, values, standard errors or None).
+        x, y: what the axes show, with units.
+        title: above the axes.
+        dashed: names of curves drawn in black and dashed: targets and references.
+    """
+    with rc_context({"font.size": 9}):
+        figure, (axes,) = panels(1, width=6, height=3.4, above=0)
+        for k, (name, (positions, values, errors)) in enumerate(lines.items()):
+            bars = None if errors is None else [2 * error for error in errors]
+            colour, line = ("black", "--") if name in dashed else (COLOURS[k % len(COLOURS)], "-")
+            axes.errorbar(
+                positions, values, yerr=bars, label=name, color=colour, linestyle=line, marker="o", ms=4, capsize=2
+            )
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        axes.set_title(title)
+        axes.legend(frameon=False)
+    return figure
 
 
 def encoded(picture: Figure | Image.Image, kind: str = "png", *, dpi: int = 130, ground: str = "white") -> bytes:
@@ -92,7 +124,7 @@ def encoded(picture: Figure | Image.Image, kind: str = "png", *, dpi: int = 130,
     return stream.getvalue()
 
 
-def montage(images: Tensor, columns: int, zoom: int = 1) -> Image.Image:
+def montage(images: Tensor, columns: int, *, zoom: int = 1) -> Image.Image:
     """Return images as one picture, row by row, without gaps; what is missing in the last row is white.
 
     Args:
@@ -106,7 +138,7 @@ def montage(images: Tensor, columns: int, zoom: int = 1) -> Image.Image:
     grid = images.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     grid = grid.reshape(rows * height, columns * width, channels).clamp(0, 1)
     picture = Image.fromarray((255 * grid.cpu().numpy()).round().astype(np.uint8))
-    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    return _zoomed(picture, zoom)
 
 
 def contact_sheet(
@@ -117,7 +149,7 @@ def contact_sheet(
     notes: Sequence[Sequence[str]] = (),
     title: str = "",
     across: int = 0,
-    zoom: int = 1,
+    zoom: int = 0,
 ) -> Image.Image:
     """Return pictures in rows and columns with their names, and a note below each.
 
@@ -127,11 +159,12 @@ def contact_sheet(
         notes: what stands below each cell; nothing if left out.
         title: above all; lines that are too long are broken.
         across: images a line of a cell of several; 0 makes it as square as can be.
-        zoom: pixels a pixel.
+        zoom: pixels a pixel; 0 makes cells about as wide as can be seen.
     """
-    pictures = [[_picture(cell, across, zoom) for cell in line] for line in cells]
+    pictures = [[_picture(cell, across) for cell in line] for line in cells]
     there = [picture for line in pictures for picture in line if picture is not None]
-    width, height = (max(getattr(picture, side) for picture in there) for side in ("width", "height"))
+    zoom = zoom or max(1, round(_SEEN / max(picture.width for picture in there)))
+    width, height = (zoom * max(getattr(picture, side) for picture in there) for side in ("width", "height"))
     font = ImageFont.truetype(findfont("DejaVu Sans"), size=min(max(12, width // 24), 20))
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
@@ -160,17 +193,17 @@ def contact_sheet(
         draw.multiline_text((_GAP, y), name, fill="black", font=font)
         for c, (picture, note) in enumerate(zip(line, told, strict=True)):
             if picture is not None:
-                sheet.paste(picture, (left + c * cell, y))
+                sheet.paste(_zoomed(picture, zoom), (left + c * cell, y))
             draw.multiline_text((left + c * cell, y + height + _GAP // 2), note, fill="black", font=font)
     return sheet
 
 
-def _picture(cell: Image.Image | Tensor | None, across: int, zoom: int) -> Image.Image | None:
-    if isinstance(cell, Tensor):
-        return montage(cell, across or math.ceil(math.sqrt(len(cell))), zoom)
-    if cell is None or zoom == 1:
-        return cell
-    return cell.resize((cell.width * zoom, cell.height * zoom), Image.Resampling.NEAREST)
+def _picture(cell: Image.Image | Tensor | None, across: int) -> Image.Image | None:
+    return montage(cell, across or math.ceil(math.sqrt(len(cell)))) if isinstance(cell, Tensor) else cell
+
+
+def _zoomed(picture: Image.Image, zoom: int) -> Image.Image:
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
 def _broken(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:

@@ -8,6 +8,7 @@ told and kept. Networks get at most ``batch`` rows at once.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,10 @@ from sdeblend.methods.draws import Draws
 from sdeblend.methods.interpolation import PAIR
 from sdeblend.preference import Preference
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
+from sdeblend.shell.files import write_atomically
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
 from stablediffusion.blending.latents import PipelineScore, SoupScore, pipeline_score
-from stablediffusion.montage import montage_png
 from stablediffusion.pipelines.inputs import decode_latents
 from stablediffusion.pipelines.schedulers import scheduler_grid
 from stablediffusion.rewards.scoring import Prompts, score_each
@@ -204,7 +205,14 @@ class PipelineCase(MeasuredCase):
         return facts
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[Any]]:
-        return {"image": montage_png(self._images(samples), folder, f"images/{stem}.png")}
+        """Write one file, and return where each image is in it: its name, and left, upper, right, lower in pixels."""
+        from sdeblend.shell.figures import encoded, montage
+
+        images, name = self._images(samples), f"images/{stem}.png"
+        columns, (height, width) = math.ceil(math.sqrt(len(images))), images.shape[-2:]
+        write_atomically(folder / name, encoded(montage(images, columns)))
+        places = [(i % columns * width, i // columns * height) for i in range(len(images))]
+        return {"image": [{"file": name, "box": [x, y, x + width, y + height]} for x, y in places]}
 
     @property
     def _branches(self) -> int:

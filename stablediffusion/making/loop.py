@@ -19,9 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import progress
+from sdeblend.shell.files import write_atomically
 
 Loss = Callable[[torch.Generator], Tensor]
 
@@ -120,10 +120,10 @@ class Loop:
         total, sums = budget.steps, list[Tensor]()
         saved = checked = time.perf_counter()
         start = saved - self.seconds
-        with tqdm(total=total or round(budget.seconds or 0), initial=self.step if total else round(self.seconds),
-                  desc=self.state.stem, unit="step" if total else "s") as bar:  # fmt: skip
-            while (progress := self._progress(budget)) < 1:
-                scale = min(1.0, (self.step + 1) / self.rate.warm_up, (1 - progress) / self.rate.decay)
+        with progress(self.state.stem, total or budget.seconds, unit="steps" if total else "s",
+                      done=self.step if total else self.seconds) as bar:  # fmt: skip
+            while (spent := self._progress(budget)) < 1:
+                scale = min(1.0, (self.step + 1) / self.rate.warm_up, (1 - spent) / self.rate.decay)
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak"] * scale
                 value = loss(self.generator)
@@ -133,13 +133,13 @@ class Loop:
                 self.optimizer.zero_grad(set_to_none=True)
                 self._average()
                 self.step += 1
-                self.seconds = time.perf_counter() - start
+                before, self.seconds = self.seconds, time.perf_counter() - start
                 sums.append(value.detach())
-                bar.update(1 if total else round(self.seconds) - bar.n)
+                bar.update(1 if total else self.seconds - before)
                 if self.step % every == 0:
                     mean = float(torch.stack(sums).mean())
                     self.log.append({"step": self.step, "seconds": round(self.seconds), "loss": round(mean, 5)})
-                    bar.set_postfix(step=self.step, loss=f"{mean:.4f}")
+                    bar.update(0, f"step {self.step}, loss {mean:.4f}")
                     sums.clear()
                 if time.perf_counter() - checked > self.check_every:
                     self._check(check)

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdeblend.blend import Preference
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import markdown, track
+from sdeblend.shell.files import write_atomically
 from stablediffusion.adapters.members import load_members
 from stablediffusion.making.recipes import recipe_of
 from stablediffusion.rewards import REWARDS
@@ -51,7 +51,7 @@ def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> No
     bases = {guidance: _cell(pipe, None, prompts, guidance) for guidance in GUIDANCES}
     record["base"] = {f"guidance {g:g}": _facts(cell, cell, prompts) for g, cell in bases.items()}
     found = record.setdefault("members", {})
-    for name in tqdm(names, desc="measured", unit="member", disable=None):
+    for name in track(names, "measured", unit="members"):
         facts = work / f"{name}.json"
         own: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
         # What is tuned on the base's own samples knows its target from them alone.
@@ -66,20 +66,17 @@ def measure(names: Sequence[str], scales: Mapping[str, float], work: Path) -> No
 def table(record: Mapping[str, Any]) -> str:
     """Return the model card's table of members, in Markdown."""
     columns = [(g, reward) for g in GUIDANCES for reward in SCORED]
-    lines = [
-        "| member | KL of the target, nats | target: compress, vivid, align | "
-        + " | ".join(f"{reward}, guidance {g:g}" for g, reward in columns)
-        + " | colour, shape right, % |",
-        "|---" * (4 + len(columns)) + "|",
-    ]
+    header = ["member", "KL of the target, nats", "target: compress, vivid, align",
+              *(f"{reward}, guidance {g:g}" for g, reward in columns), "colour, shape right, %"]  # fmt: skip
+    rows = []
     for name, member in record["members"].items():
         target = ", ".join(f"{v:+.2f}" if (v := member["target"].get(r)) is not None else "-" for r in SCORED)
         moved = [member[f"guidance {g:g}"]["moved"][reward] for g, reward in columns]
         right = member[f"guidance {GUIDANCE:g}"]["accuracy"]
         cells = [f"`{name}`", f"{member.get('kl_of_target', math.nan):.2f}", target]
         cells += [f"{value:+.2f} ± {error:.2f}" for value, error in moved]
-        lines.append("| " + " | ".join([*cells, f"{100 * right['colour']:.0f}, {100 * right['shape']:.0f}"]) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{100 * right['colour']:.0f}, {100 * right['shape']:.0f}"])
+    return markdown(header, rows)
 
 
 def _cell(pipe: Any, name: str | None, prompts: Sequence[str], guidance: float) -> Cell:

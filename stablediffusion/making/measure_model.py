@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import markdown
+from sdeblend.shell.files import write_atomically
 from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.pipeline import generate
 from stablediffusion.scenes.captions import caption, held_out_captions
@@ -49,7 +50,7 @@ def evaluate(pipe: StableDiffusionPipeline, n: int = 1024, seed: int = 1, steps:
     generator = torch.Generator().manual_seed(seed + 1)
     start = time.perf_counter()
     captions = [caption(scene) for scene in mentioned]
-    images = generate(pipe, captions, generator, steps=steps, guidance=GUIDANCE, hide=None)
+    images = generate(pipe, captions, generator, steps=steps, guidance=GUIDANCE, show=True)
     seconds = time.perf_counter() - start
     drawings = draw(scenes, generator)
     with torch.no_grad():
@@ -79,22 +80,21 @@ def sheet(images: Tensor, columns: int = 16, zoom: int = 2) -> Image.Image:
         columns: images a row.
         zoom: pixels a pixel.
     """
-    rows = max(len(images) // columns, 1)
-    pixels = ((images[: rows * columns].clamp(-1, 1) + 1) * 127.5).round().byte()
-    n, c, h, w = pixels.shape
-    grid = pixels.reshape(rows, n // rows, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, -1, c)
-    return Image.fromarray(grid.numpy()).resize((grid.shape[1] * zoom, grid.shape[0] * zoom), Image.Resampling.NEAREST)
+    from sdeblend.shell.figures import montage
+
+    columns = min(columns, len(images))
+    return montage((images[: len(images) // columns * columns] + 1) / 2, columns, zoom=zoom)
 
 
 def table(part: dict[str, Accuracies]) -> str:
     """Return the accuracies as a Markdown table, without the factors that no caption mentions."""
-    lines = ["| factor | " + " | ".join(part) + " |", "|---" * (1 + len(part)) + "|"]
+    rows = []
     for factor in next(iter(part.values())):
         cells = [part[k][factor] for k in part]
         if cells[0]["n"]:
             shown = [f"{100 * c['accuracy']:.1f} ± {100 * c['error']:.1f}" for c in cells]
-            lines.append(f"| {factor} (n = {cells[0]['n']}) | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+            rows.append([f"{factor} (n = {cells[0]['n']})", *shown])
+    return markdown(["factor", *part], rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

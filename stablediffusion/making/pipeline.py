@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from sdeblend.shell.console import progress
 from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.networks import scheduler
 from stablediffusion.making.tokenizer import tokenizer
@@ -79,7 +79,7 @@ def generate(
     steps: int = 50,
     guidance: float = GUIDANCE,
     batch: int = 64,
-    hide: bool | None = True,
+    show: bool = False,
 ) -> Tensor:
     """Generate one image for each caption with DDIM, eta 0.
 
@@ -90,14 +90,17 @@ def generate(
         steps: of DDIM.
         guidance: scale of classifier-free guidance.
         batch: captions at once.
-        hide: True for no progress bar, None for one on a terminal.
+        show: whether a bar is shown on a terminal.
 
     Returns:
         images in -1..1, [n, 3, 32, 32].
     """
-    images = [
-        pipe(list(captions[i : i + batch]), num_inference_steps=steps, guidance_scale=guidance, generator=generator,
-             output_type="pt").images
-        for i in tqdm(range(0, len(captions), batch), desc="images", unit="batch", disable=hide)
-    ]  # fmt: skip
+    images = []
+    with progress("images", len(captions), quiet=not show) as bar:
+        for i in range(0, len(captions), batch):
+            prompts = list(captions[i : i + batch])
+            made = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=generator,
+                        output_type="pt")  # fmt: skip
+            images.append(made.images)
+            bar.update(len(prompts))
     return 2 * torch.cat(images) - 1

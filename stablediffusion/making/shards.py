@@ -25,9 +25,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import track
+from sdeblend.shell.files import write_atomically
 from stablediffusion.scenes.captions import training_captions
 from stablediffusion.small.candidates import COUNT, SCORED, Candidates, draw_candidates, scored
 
@@ -52,7 +52,7 @@ def draw_shards(
         each: captions a shard.
         own: candidates are the base's own samples, not drawings.
     """
-    for shard in tqdm(shards, desc="samples" if own else "drawings", unit="shard", disable=None):
+    for shard in track(shards, "samples" if own else "drawings", unit="shards"):
         path = folder / f"shard-{shard:03d}.safetensors"
         if not path.exists():
             write_atomically(path, _written(_shard(pipe, shard, count, each, own)))

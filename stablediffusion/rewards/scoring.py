@@ -11,7 +11,6 @@ not wanted, in a table such as
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sdeblend.config import Spec, check_keys
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
 from stablediffusion.rewards.formulas import REWARDS, ImageReward, find_reward
 
 BATCH = 16
@@ -209,10 +207,9 @@ def _kept(image: Tensor, folder: Path | None, name: str) -> str:
         return ""
     path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
     try:
-        pixels = image.detach().float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1).mul(255).round().byte()
-        stream = io.BytesIO()
-        Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(stream, "PNG")
-        write_atomically(path, stream.getvalue())
+        from sdeblend.shell.figures import encoded, montage
+
+        write_atomically(path, encoded(montage(image.detach().float().nan_to_num(0.0, 1.0, 0.0)[None], 1)))
     except Exception as error:
         return f" (which could not be kept as {path}: {_sentence(error)})"
     return f" ({path})"

@@ -14,10 +14,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sdeblend.blend import Preference
-from sdeblend.io import write_atomically
+from sdeblend.shell.console import show_table, track
+from sdeblend.shell.files import write_atomically
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.knobs import Mode
 from stablediffusion.small import load_small
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells = draw_cells(each, arguments.steps, arguments.seed)
     write_atomically(arguments.out, sheet(cells, each))
     write_atomically(arguments.out.with_suffix(".json"), json.dumps([numbers(c) for c in cells], indent=2) + "\n")
-    print(table(cells))
+    show_table(("method", "weights", "JPEG, kB", "colourfulness", "certificate, nats"), rows(cells), left=2)
     print(arguments.out)
     return 0
 
@@ -69,7 +68,7 @@ def draw_cells(each: int, steps: int, seed: int = 0) -> list[Cell]:
             steps=steps,
             seed=seed,
         )
-        for mode, weight in tqdm(settings, desc="sheet", unit="cell", disable=None)
+        for mode, weight in track(settings, "sheet", unit="cells")
     ]
 
 
@@ -91,23 +90,27 @@ def numbers(cell: Cell) -> dict[str, object]:
     }
 
 
+def measured(cell: Cell) -> list[str]:
+    """Return JPEG's size in kB, colourfulness and the certificate in nats, empty where there is none, as text."""
+    (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
+    told = [f"{-saved:.3f} ± {size_error:.3f}", f"{colour:.3f} ± {colour_error:.3f}"]
+    return [*told, "" if cell.nats is None else "{:.2g} ± {:.1g}".format(*mean_and_error(cell.nats))]
+
+
 def note(cell: Cell) -> str:
     """Return what stands under a cell."""
-    (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
-    lines = [f"JPEG {-saved:.3f} ± {size_error:.3f} kB", f"colourfulness {colour:.3f} ± {colour_error:.3f}"]
-    if cell.nats is not None:
-        value, error = mean_and_error(cell.nats)
-        lines.append(f"certificate {value:.2g} ± {error:.1g} nats")
+    size, colour, nats = measured(cell)
+    lines = [f"JPEG {size} kB", f"colourfulness {colour}", *([f"certificate {nats} nats"] if nats else [])]
     return "\n".join(lines)
 
 
 def sheet(cells: Sequence[Cell], each: int) -> bytes:
     """Return the sheet as PNG: a row a method, a column a preference, in a cell a line a prompt of ``each`` images."""
     # late: the numbers need no figure
-    from stablediffusion.plotting_sheets import png, sheet_figure
+    from sdeblend.shell.figures import contact_sheet, encoded
 
     lines = [[c for c in cells if c.mode == mode] for mode in MODES]
-    figure = sheet_figure(
+    picture = contact_sheet(
         [[c.images for c in line] for line in lines],
         rows=[NAMES[mode] for mode in MODES],
         columns=[f"compress {1 - weight:g}, vivid {weight:g}" for weight in WEIGHTS],
@@ -115,16 +118,13 @@ def sheet(cells: Sequence[Cell], each: int) -> bytes:
         title="From compress to vivid, the same noise in every cell; lines: " + "; ".join(PROMPTS),
         across=each,
     )
-    return png(figure)
+    return encoded(picture)
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Return the numbers as text."""
-    lines = []
-    for cell in cells:
-        weights = ", ".join(f"{name} {w:g}" for name, w in numbers(cell)["weights"].items())  # type: ignore[attr-defined]
-        lines.append(f"{NAMES[cell.mode]:<14} {weights:<28} " + note(cell).replace("\n", ", "))
-    return "\n".join(lines)
+def rows(cells: Sequence[Cell]) -> list[list[str]]:
+    """Return the numbers as rows of a table."""
+    weights = (", ".join(f"{name} {float(w):g}" for name, w in cell.preference.weights.items()) for cell in cells)
+    return [[NAMES[cell.mode], told, *measured(cell)] for cell, told in zip(cells, weights, strict=True)]
 
 
 if __name__ == "__main__":

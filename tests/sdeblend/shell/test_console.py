@@ -51,7 +51,7 @@ def test_a_cell_that_is_too_wide_is_folded() -> None:
 
 
 def test_markdown() -> None:
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown(["a", "b"], [["1", ""], ["", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | |\n| | 2 |"
 
 
 PROGRAM = """

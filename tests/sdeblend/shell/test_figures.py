@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sdeblend.shell.figures import COLOURS, OKABE_ITO, contact_sheet, encoded, montage, panels
+from sdeblend.shell.figures import COLOURS, OKABE_ITO, contact_sheet, curves, encoded, montage, panels
 
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -37,6 +37,14 @@ def test_panels_are_as_many_as_asked_for() -> None:
     assert len(set(COLOURS)) == 8 and set(COLOURS) < set(OKABE_ITO.values())
 
 
+def test_curves_keep_targets_apart() -> None:
+    lines = {"found": ([0, 1], [1, 2], [0.1, 0.1]), "exact": ([0, 1], [1, 2], None)}
+    figure = curves(lines, x="w", y="r", dashed=["exact"])
+    found, exact = (container.lines[0] for container in figure.axes[0].containers)
+    assert found.get_color() == COLOURS[0] and found.get_linestyle() == "-"
+    assert exact.get_color() == "black" and exact.get_linestyle() == "--"
+
+
 def test_a_montage_goes_row_by_row() -> None:
     images = torch.linspace(0, 1, 6)[:, None, None, None].expand(6, 3, 2, 2)
     picture = montage(images[:5], columns=3)
@@ -60,7 +68,7 @@ def test_a_sheet_holds_its_images_and_their_names() -> None:
     cells = [[image(0), image(1)], [image(2), None]]
     sheet = contact_sheet(
         cells, rows=["exact", "mpa"], columns=["w = 0", "w = 1"], notes=[["0.1 ± 0.2", "b"], ["two\nlines", ""]],
-        title="a title that is far too long for so few pictures and has to be broken into lines",
+        title="a title that is far too long for so few pictures and has to be broken into lines", zoom=1,
     )  # fmt: skip
     assert all(contains(sheet, image(i)) for i in range(3))
     assert not contains(sheet, image(0).rotate(180))
@@ -69,7 +77,7 @@ def test_a_sheet_holds_its_images_and_their_names() -> None:
     # Names at the left and above, a note below; the ink is black on white.
     ink = np.asarray(sheet.convert("L")) < 100
     assert ink[:, :40].any() and ink[:40].any()
-    plain = contact_sheet(cells, rows=["", ""], columns=["", ""])
+    plain = contact_sheet(cells, rows=["", ""], columns=["", ""], zoom=1)
     assert plain.height < sheet.height and plain.width < sheet.width
 
 
@@ -77,4 +85,5 @@ def test_cells_of_several_images_are_montages() -> None:
     images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sheet = contact_sheet([[images]], rows=["r"], columns=["c"], across=5, zoom=3)
     assert contains(sheet, montage(images, 5, zoom=3))
-    assert contains(contact_sheet([[images]], rows=["r"], columns=["c"]), montage(images, 3))
+    assert contains(contact_sheet([[images]], rows=["r"], columns=["c"], zoom=1), montage(images, 3))
+    assert contains(contact_sheet([[images]], rows=["r"], columns=["c"]), montage(images, 3, zoom=9))
