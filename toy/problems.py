@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ class Problem:
         base: p_0 of the pre-trained model.
         rewards: r_i by name, at least one.
         kl_weight: alpha of the members, above 0.
+        reported: further rewards by name, which are measured and have no member.
 
     Raises:
         ValueError: no reward, a reward of another dimension, kl_weight not above 0.
@@ -44,11 +45,12 @@ class Problem:
     base: GaussianMixture
     rewards: Mapping[str, QuadraticReward]
     kl_weight: float
+    reported: Mapping[str, QuadraticReward] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("a problem needs at least one reward, got none")
-        for reward in self.rewards.values():
+        for reward in self.measured.values():
             check_reward(reward, self.base.dim)
         check_kl_weight(self.kl_weight)
 
@@ -56,6 +58,11 @@ class Problem:
     def names(self) -> tuple[str, ...]:
         """Names of the rewards, in order."""
         return tuple(self.rewards)
+
+    @property
+    def measured(self) -> dict[str, QuadraticReward]:
+        """The members' rewards and those that are only reported."""
+        return {**self.rewards, **self.reported}
 
     def with_kl_weight(self, kl_weight: float) -> Problem:
         """Return the problem at another KL weight."""

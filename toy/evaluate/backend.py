@@ -8,8 +8,11 @@
     draws = [0, 1, 2]               # "random" only: its seeds; the draws of one size are replicates of each other
     dim = 2                         # "random" and "high_dimension"
     solver = "dpm-2m-sde"           # a name of sdeblend.STEPS, with spacing and steps
-    scores = "exact"                # or "learned": networks with low-rank members, with rank, train_steps
+    scores = "exact"                # or "learned": networks with low-rank members (toy.learned), with rank, train_steps
     trainings = [0, 1, 2]           # "learned" only: seeds of the networks, which are replicates of each other
+
+    [backend.mixtures.NAME]         # a problem of one's own: tables base and rewards as in a file of ``sdeblend toy``
+    kl_weight = 0.25
 
 Source: Kim et al. (DAS) 2501.05803 for "das-grid" and "das-ring"; their reward is split in two, x and y, whose members
 are tuned at half the KL weight, so that the equal blend of the two has the published target.
@@ -20,68 +23,155 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, Final, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal
 
 import torch
+from pydantic import Field
 
-from sdeblend.config import REQUIRED, Spec, check_keys
-from sdeblend.evaluate.backend import Variant
-from sdeblend.schedule import SCHEDULES
-from sdeblend.steps import STEPS
-from toy.evaluate.case import MixtureCase, Posed
+from sdeblend.evaluate.backend import Backend, Variant
+from sdeblend.grid import Spacing
+from sdeblend.shell.settings import OneOf, parse
+from toy.evaluate.case import MixtureCase
 from toy.evaluate.learned import LearnedCase
 from toy.mixtures.rewards import QuadraticReward
+from toy.networks.network import Network
 from toy.problems import PROBLEMS, Problem, grid9, high_dimension, random_problem, ring8_das
+from toy.tables import MixtureTables, Solver
 
-_DAS: Final = ("das-grid", "das-ring")
+_DAS: Final = {"das-grid": grid9, "das-ring": ring8_das}
 _RANDOM: Final = "random"
-_SPACINGS: Any = Literal["uniform", "log-snr", "karras"]
-_TABLE: Spec = {
-    "problems": (list[str], REQUIRED),
-    "kl_weights": (list[float], []),
-    "rewards": (list[int], [2]),
-    "draws": (list[int], [0]),
-    "dim": (int, 0),
-    "components": (int, 0),
-    "schedule": (Literal[tuple(SCHEDULES)], "vp-linear"),
-    "solver": (Literal[tuple(STEPS)], "dpm-2m-sde"),
-    "spacing": (_SPACINGS, "log-snr"),
-    "steps": (int, 50),
-    "scores": (Literal["exact", "learned"], "exact"),
-    "rank": (int, 8),
-    "train_steps": (int, 2000),
-    "trainings": (list[int], [0]),
-}
 
 
-class MixtureBackend:
+class OwnProblem(MixtureTables):
+    """A problem of one's own.
+
+    Attributes:
+        kl_weight: alpha of the members.
+    """
+
+    kl_weight: float = Field(gt=0)
+
+
+class MixtureBackendSettings(Solver):
+    """The table ``[backend]`` of kind "mixture".
+
+    Attributes:
+        problems: of ``toy.problems``, "das-grid", "das-ring" or "random".
+        mixtures: problems of one's own by name, beside these.
+        kl_weights: alpha of the members, one variant each; by default each problem's own.
+        rewards: how many, of random problems; nested: the first two are those of 2.
+        draws: seeds of random problems; those of one size are replicates of each other.
+        dim: of random and high-dimensional problems; 0 leaves it to them.
+        components: likewise.
+        scores: in closed form, or of networks with low-rank members.
+        rank: of such members.
+        train_steps: of such networks.
+        trainings: seeds of such networks, which are replicates of each other.
+    """
+
+    problems: tuple[Annotated[str, OneOf((*PROBLEMS, *_DAS, _RANDOM))], ...] = ()
+    mixtures: dict[str, OwnProblem] = Field(default_factory=dict)
+    kl_weights: tuple[float, ...] = ()
+    rewards: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
+    draws: tuple[int, ...] = Field((0,), min_length=1)
+    dim: int = Field(0, ge=0)
+    components: int = Field(0, ge=0)
+    spacing: Spacing | None = "log-snr"
+    scores: Literal["exact", "learned"] = "exact"
+    rank: int = Field(8, ge=1)
+    train_steps: int = Field(2000, ge=10)
+    trainings: tuple[int, ...] = Field((0,), min_length=1)
+
+    def problem(self, name: str, rewards: int, draw: int) -> Problem:
+        """Return a problem by name.
+
+        Args:
+            name: one of ``problems`` or of ``mixtures``.
+            rewards, draw: of a random problem.
+        """
+        if name in self.mixtures:
+            return self.mixtures[name].problem(name, self.mixtures[name].kl_weight)
+        if name in _DAS:
+            return _split(_DAS[name]())
+        if name == _RANDOM:
+            generator, most = torch.Generator().manual_seed(draw), max(self.rewards)
+            problem = random_problem(generator, self.dim or 2, self.components or 6, most, kl_weight=0.5)
+            return replace(problem, rewards=dict(list(problem.rewards.items())[:rewards]))
+        if name == "high_dimension" and self.dim:
+            return high_dimension(self.dim, self.components or 16)
+        return PROBLEMS[name]()
+
+
+class MixtureBackend(Backend):
     """Problems on mixtures.
 
     Args:
-        posed: by variant.
-        variants: what tells them apart.
-        settings: schedule, solver, spacing, steps, and what scores are.
+        settings: which problems, and how they are sampled.
         seed: of networks.
+
+    Attributes:
+        problems: by variant.
+        trainings: seeds of networks by variant.
+
+    Raises:
+        ValueError: a variant that is named twice, or a KL weight at which a member does not exist.
     """
 
     prompts: Sequence[str] = ("",)
-    identity: Mapping[str, Any] = {}
+    identity: Mapping[str, Any] = MappingProxyType({})
 
-    def __init__(
-        self, posed: Mapping[str, Posed], variants: Sequence[Variant], settings: Mapping[str, Any], seed: int = 0
-    ) -> None:
-        self.posed, self.variants, self.settings, self.seed = dict(posed), list(variants), dict(settings), seed
-        self._bases: dict[bytes, Any] = {}
+    def __init__(self, settings: MixtureBackendSettings, seed: int = 0) -> None:
+        self.settings, self.seed = settings, seed
+        self.problems: dict[str, Problem] = {}
+        self.trainings: dict[str, int] = {}
+        self.variants: list[Variant] = []
+        self._bases: dict[bytes, Network] = {}
+        for name in (*settings.problems, *settings.mixtures):
+            self._add(name)
+        if not self.variants:
+            raise ValueError("needs at least one problem or mixture, got none; name some")
 
     def case(self, variant: str, prompt: str) -> MixtureCase:
         """Return a problem by name; there are no prompts."""
-        if self.settings["scores"] == "learned":
-            posed = self.posed[variant]
-            return LearnedCase(posed, variant, self.settings, self.seed + posed.training, self._bases)
-        return MixtureCase(self.posed[variant], variant, self.settings)
+        problem, settings = self.problems[variant], self.settings
+        if settings.scores == "exact":
+            return MixtureCase(problem, settings, variant)
+        return LearnedCase(
+            problem, settings, variant, rank=settings.rank, train_steps=settings.train_steps,
+            seed=self.seed + self.trainings[variant], bases=self._bases,
+        )  # fmt: skip
+
+    def _add(self, name: str) -> None:
+        """Add the variants of a problem."""
+        settings = self.settings
+        random, learned = name == _RANDOM and name not in settings.mixtures, settings.scores == "learned"
+        for count, kl_weight, draw, training in product(
+            settings.rewards if random else [0],
+            settings.kl_weights or [None],
+            settings.draws if random else [0],
+            settings.trainings if learned else [0],
+        ):
+            problem = settings.problem(name, count, draw)
+            together = f"random, {count} rewards" if random else name
+            together += "" if kl_weight is None else f", kl_weight {kl_weight:g}"
+            try:
+                problem = problem if kl_weight is None else problem.with_kl_weight(kl_weight)
+                problem.members()
+            except ValueError as error:
+                raise ValueError(f"{together}: {error}") from None
+            variant = together + (f", draw {draw}" if random else "")
+            variant += f", training {training}" if learned and len(settings.trainings) > 1 else ""
+            if variant in self.problems:
+                raise ValueError(
+                    f"must name no problem, KL weight, reward count, draw or training twice, got {variant!r}"
+                )
+            values = {"kl_weight": problem.kl_weight, **({"rewards": float(count)} if random else {})}
+            self.problems[variant], self.trainings[variant] = problem, training
+            self.variants.append(Variant(variant, problem.names, values, together))
 
 
-def _split(problem: Problem) -> Posed:
+def _split(problem: Problem) -> Problem:
     """Return a problem of one reward r = r_x + r_y with two members, at half the KL weight: the same target."""
     (reward,) = problem.rewards.values()
     q, b = reward.quadratic, reward.linear
@@ -92,66 +182,13 @@ def _split(problem: Problem) -> Posed:
             ("y", torch.tensor([0.0, 1.0]).double(), reward.constant),
         )
     }
-    return Posed(replace(problem, rewards=parts, kl_weight=problem.kl_weight / 2), {"r": reward})
-
-
-def _pose(name: str, settings: Mapping[str, Any], rewards: int, draw: int) -> Posed:
-    if name in _DAS:
-        return _split(grid9() if name == "das-grid" else ring8_das())
-    if name == _RANDOM:
-        generator = torch.Generator().manual_seed(draw)
-        problem = random_problem(
-            generator, settings["dim"] or 2, settings["components"] or 6, max(settings["rewards"]), kl_weight=0.5
-        )
-        return Posed(replace(problem, rewards=dict(list(problem.rewards.items())[:rewards])), {})
-    if name == "high_dimension" and settings["dim"]:
-        return Posed(high_dimension(settings["dim"], settings["components"] or 16), {})
-    return Posed(PROBLEMS[name](), {})
+    return replace(problem, rewards=parts, kl_weight=problem.kl_weight / 2, reported={"r": reward})
 
 
 def build(table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.device) -> MixtureBackend:
     """Build the backend from its table; see the module's docstring and ``sdeblend.evaluate.backend.Builder``."""
-    settings = check_keys(table, _TABLE, file=file, section="[backend]")
-    known = (*PROBLEMS, *_DAS, _RANDOM)
-    for name in settings["problems"]:
-        if name not in known:
-            raise ValueError(f"{file}: [backend] problems must be of {', '.join(known)}, got {name!r}")
-    for key, low in (("steps", 2), ("dim", 0), ("components", 0), ("rank", 1), ("train_steps", 10)):
-        if settings[key] < low:
-            raise ValueError(f"{file}: [backend] {key} must be at least {low}, got {settings[key]}")
-    if not settings["problems"] or not settings["rewards"] or not settings["draws"] or min(settings["rewards"]) < 1:
-        raise ValueError(f"{file}: [backend] needs at least one problem, one draw and one reward; name some")
-    posed: dict[str, Posed] = {}
-    variants = []
-    learned = settings["scores"] == "learned"
-    for name in settings["problems"]:
-        random = name == _RANDOM
-        for count, kl_weight, draw, training in product(
-            settings["rewards"] if random else [0],
-            settings["kl_weights"] or [None],
-            settings["draws"] if random else [0],
-            settings["trainings"] if learned else [0],
-        ):
-            one = replace(_pose(name, settings, count, draw), training=training)
-            if kl_weight is not None:
-                one = replace(one, problem=_at(one.problem, kl_weight, file))
-            together = f"random, {count} rewards" if random else name
-            values = {"kl_weight": one.problem.kl_weight, **({"rewards": float(count)} if random else {})}
-            if kl_weight is not None:
-                together += f", kl_weight {kl_weight:g}"
-            variant = together + (f", draw {draw}" if random else "")
-            variant += f", training {training}" if learned and len(settings["trainings"]) > 1 else ""
-            posed[variant] = one
-            variants.append(Variant(variant, one.problem.names, values, together))
-    if len(posed) != len(variants):
-        raise ValueError(f"{file}: [backend] must name no problem, KL weight, reward count, draw or training twice")
-    return MixtureBackend(posed, variants, settings, seed)
-
-
-def _at(problem: Problem, kl_weight: float, file: str) -> Problem:
+    settings = parse(MixtureBackendSettings, table, file=file, section="[backend]")
     try:
-        problem = problem.with_kl_weight(kl_weight)
-        problem.members()
+        return MixtureBackend(settings, seed)
     except ValueError as error:
-        raise ValueError(f"{file}: [backend] kl_weights: {error}") from None
-    return problem
+        raise ValueError(f"{file}: [backend] {error}") from None

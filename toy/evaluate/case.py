@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,51 +12,31 @@ import torch
 from torch import Tensor
 
 from sdeblend.evaluate.backend import Distance, MeasuredCase
-from sdeblend.grid import time_grid
 from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
 from sdeblend.methods.interpolation import PAIR
 from sdeblend.preference import Preference
-from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.score import ScoreFunction
-from sdeblend.steps import STEPS
 from toy.evaluate.yardstick import Yardstick
 from toy.mixtures.mixture import GaussianMixture
-from toy.mixtures.rewards import QuadraticReward
 from toy.problems import Problem
 from toy.scores.stack import MixtureStack, mixture_score
-
-
-@dataclass(frozen=True)
-class Posed:
-    """A problem as it is evaluated.
-
-    Attributes:
-        problem: base, rewards of the members, KL weight.
-        reported: further rewards, by name.
-        training: seed of networks, if scores are learned.
-    """
-
-    problem: Problem
-    reported: Mapping[str, QuadraticReward]
-    training: int = 0
+from toy.tables import Solver
 
 
 class MixtureCase(MeasuredCase):
     """A problem with its sampler; scores, rewards and target in closed form.
 
     Args:
-        posed: the problem.
-        variant: its name, which seeds the exact samples that others are measured against.
-        settings: schedule, solver, spacing and steps.
+        problem: base, rewards and KL weight.
+        solver: schedule, step and grid.
+        variant: name of the case, which seeds the exact samples that others are measured against.
     """
 
-    def __init__(self, posed: Posed, variant: str, settings: Mapping[str, Any]) -> None:
-        self.problem, self.variant, self.reported = posed.problem, variant, posed.reported
-        self.names, self.kl_weight = self.problem.names, self.problem.kl_weight
-        self.schedule: NoiseSchedule = SCHEDULES[settings["schedule"]]()
-        self.step = STEPS[settings["solver"]]()
-        self.grid = time_grid(self.schedule, settings["steps"], settings["spacing"])
-        self.like = torch.zeros(self.problem.base.dim)
+    def __init__(self, problem: Problem, solver: Solver, variant: str) -> None:
+        self.problem, self.variant = problem, variant
+        self.names, self.kl_weight = problem.names, problem.kl_weight
+        self.schedule, self.step, self.grid = solver.process(), solver.step(), solver.grid()
+        self.like = torch.zeros(problem.base.dim)
         self._known: dict[tuple[Any, ...], Yardstick] = {}
 
     @cached_property
@@ -70,7 +48,7 @@ class MixtureCase(MeasuredCase):
 
     def rewards(self, samples: Tensor) -> dict[str, Tensor]:
         x = samples.double()
-        return {name: reward(x) for name, reward in {**self.problem.rewards, **self.reported}.items()}
+        return {name: reward(x) for name, reward in self.problem.measured.items()}
 
     def reward(self, name: str) -> StateReward:
         return self.problem.rewards[name]
@@ -99,8 +77,8 @@ class MixtureCase(MeasuredCase):
         return MixtureStack(list(laws.values()), self.schedule), tuple(laws)
 
     def union_weights(self, preference: Preference) -> list[float]:
-        logs = [self.problem.base.log_normalizer(r, kl_weight=self.problem.kl_weight)
-                for r in self.problem.rewards.values()]
+        base, alpha = self.problem.base, self.problem.kl_weight
+        logs = [base.log_normalizer(reward, kl_weight=alpha) for reward in self.problem.rewards.values()]
         top = max(logs)
         return [w * math.exp(z - top) for w, z in zip(self.weights(preference).values(), logs, strict=True)]
 
@@ -116,7 +94,7 @@ class MixtureCase(MeasuredCase):
 
     def expected(self, preference: Preference) -> dict[str, float]:
         target = self.target(preference)
-        return {name: target.mean_reward(r) for name, r in {**self.problem.rewards, **self.reported}.items()}
+        return {name: target.mean_reward(r) for name, r in self.problem.measured.items()}
 
     def keep(self, samples: Tensor, folder: Path, stem: str) -> dict[str, list[list[float]]]:
         if samples.shape[1] > 2:

@@ -14,7 +14,7 @@ Source: Rame et al. 2306.04488 (rewarded soup); Hu et al. 2106.09685 (LoRA); Vin
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -24,9 +24,11 @@ from sdeblend.methods.case import MoreMembers, OneModel
 from sdeblend.preference import Preference
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.score import ScoreFunction, Stack
-from toy.evaluate.case import MixtureCase, Posed
+from toy.evaluate.case import MixtureCase
 from toy.mixtures.mixture import GaussianMixture
 from toy.networks.network import Network, add_low_rank, for_mixture, low_rank_layers, pretrain
+from toy.problems import Problem
+from toy.tables import Solver
 
 BATCH: Final = 512
 Factors = list[tuple[Tensor, Tensor]]
@@ -53,16 +55,26 @@ class LearnedCase(MixtureCase):
     """A problem whose base, members and model tuned for r(w) are networks; target and rewards stay in closed form.
 
     Args:
-        posed, variant, settings: as ``MixtureCase``; further ``rank`` and ``train_steps``.
+        problem, solver, variant: as ``MixtureCase``.
+        rank: of the members' differences to the base.
+        train_steps: of the base and of each member.
         seed: of weights and training.
         bases: trained bases by what they model, to be looked up in and added to.
     """
 
     def __init__(
-        self, posed: Posed, variant: str, settings: Mapping[str, Any], seed: int, bases: dict[bytes, Network]
+        self,
+        problem: Problem,
+        solver: Solver,
+        variant: str,
+        *,
+        rank: int,
+        train_steps: int,
+        seed: int,
+        bases: dict[bytes, Network],
     ) -> None:
-        super().__init__(posed, variant, settings)
-        self.rank, self.steps, self.seed = settings["rank"], settings["train_steps"], seed
+        super().__init__(problem, solver, variant)
+        self.rank, self.steps, self.seed = rank, train_steps, seed
         base = self.problem.base
         parts = (base.log_weights, base.means, base.covariances, torch.tensor(seed))
         known = b"".join(value.numpy().tobytes() for value in parts)

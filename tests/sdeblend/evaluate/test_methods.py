@@ -50,8 +50,8 @@ class Watching(ScoreStack):
 class Watched(MixtureCase):
     """A case that counts members times rows and rows rewarded, and remembers the states at the first time."""
 
-    def __init__(self, posed, variant, settings):
-        super().__init__(posed, variant, settings)
+    def __init__(self, problem, solver, variant):
+        super().__init__(problem, solver, variant)
         self.evaluations, self.rewarded, self.starts = 0, 0, []
 
     def stack(self, batch):
@@ -80,8 +80,8 @@ class Watched(MixtureCase):
 
 def watched(**table):
     backend = build({"problems": ["ring8"], "steps": STEPS, **table}, file="f", seed=0, device=DEVICE)
-    (name,) = backend.posed
-    return Watched(backend.posed[name], name, backend.settings)
+    (name,) = backend.problems
+    return Watched(backend.problems[name], backend.settings, name)
 
 
 def sampled(name, case, wanted=UNEQUAL):
@@ -207,7 +207,7 @@ def test_the_reward_of_das_is_split_and_its_target_kept():
     # Base and target of the closed forms; the base rewards that are printed, -10.40 and -9.15, are not these.
     for name, base, target in (("das-grid", -11.08, -0.29), ("das-ring", -9.23, -1.34)):
         case = build({"problems": [name]}, file="f", seed=0, device=DEVICE).case(name, "")
-        reward = case.reported["r"]
+        reward = case.problem.reported["r"]
         assert case.problem.base.mean_reward(reward) == pytest.approx(base, abs=0.005)
         assert case.target(Preference({"x": 0.5, "y": 0.5})).mean_reward(reward) == pytest.approx(target, abs=0.01)
         x = torch.randn(5, 2, generator=generator(0), dtype=torch.float64)
