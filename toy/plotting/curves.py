@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend
+from sdeblend.shell.figures import OKABE_ITO
 from toy.experiment.experiment import Outcome
-from toy.plotting.laws import OKABE_ITO, Style, style_of
+from toy.plotting.laws import Style, style_of
 from toy.scores.stack import mixture_score
 from toy.statements.fokker_planck import backward_density
 

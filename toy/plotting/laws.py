@@ -10,35 +10,22 @@ Source: Okabe and Ito 2008 (palette); Hyndman 1996 (highest density regions).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from sdeblend.shell.figures import OKABE_ITO, panels
 from toy.mixtures.mixture import GaussianMixture
 
-OKABE_ITO: Final = {
-    "black": "#000000",
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "green": "#009E73",
-    "yellow": "#F0E442",
-    "blue": "#0072B2",
-    "vermillion": "#D55E00",
-    "purple": "#CC79A7",
-    "grey": "#7A7A7A",
-}
 LineStyle = Any  # "--", or (offset, (ink, gap, ...)) in points
 SHARES: Final = (0.5, 0.95)
-FORMATS: Final = ("png", "svg", "pdf")
 SHOWN_POINTS = 1500
 _RESOLUTION = 161
 
@@ -105,25 +92,6 @@ def member_style(index: int, name: str) -> Style:
     """Return the style of the member at position ``index`` (from 0), tuned for the reward ``name``."""
     colour = OKABE_ITO[_MEMBER_COLOURS[index % len(_MEMBER_COLOURS)]]
     return Style(colour, _MEMBER_LINES[index % len(_MEMBER_LINES)], f"member tuned for '{name}'")
-
-
-def panels(count: int, *, columns: int = 3, width: float = 4.0, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """Return a figure with ``count`` panels in rows of ``columns``.
-
-    Args:
-        count: number of panels.
-        columns: how many in a row, at most.
-        width, height: of one panel, in inches.
-    """
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for unused in grid[count:]:
-        unused.remove()
-    for axes in grid[:count]:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, list(grid[:count])
 
 
 def density_1d(
@@ -262,7 +230,7 @@ def compare_figure(
         axes: the two coordinates to draw in more than two dimensions; by default where the laws differ most.
 
     Returns:
-        the figure; ``figure_bytes`` writes it.
+        the figure; ``sdeblend.shell.figures.encoded`` makes a file of it.
     """
     labels = ["x"] if base.dim == 1 else ["x1", "x2"]
     above_the_plane = base.dim > 2
@@ -293,27 +261,6 @@ def compare_figure(
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-def figure_bytes(figure: Figure, kind: str = "png", *, dpi: int = 130) -> bytes:
-    """Return a figure as a file's content.
-
-    Args:
-        figure: what ``compare_figure`` or ``panels`` made.
-        kind: "png", "svg" or "pdf".
-        dpi: dots an inch, of png and of points in the others.
-
-    Raises:
-        ValueError: for another kind.
-    """
-    if kind not in FORMATS:
-        raise ValueError(f"a figure can be {', '.join(FORMATS)}, got {kind!r}; name the file accordingly")
-    # Without dates and random names, the same figure gives the same file.
-    undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    stream = io.BytesIO()
-    with rc_context({"svg.hashsalt": "sdeblend"}):
-        figure.savefig(stream, format=kind, dpi=dpi, metadata=undated, facecolor="white")
-    return stream.getvalue()
 
 
 def _panel(

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend import NoiseSchedule
+from sdeblend.shell.figures import OKABE_ITO, panels
 from toy.experiment.experiment import Outcome
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import curve, family_style, label, legend_below
-from toy.plotting.laws import OKABE_ITO, Cloud, Style, density_1d, histogram_1d, panels, style_of, window_of
+from toy.plotting.laws import Cloud, Style, density_1d, histogram_1d, style_of, window_of
 from toy.problems import Problem
 from toy.statements.bounds import jensen_bounds
 from toy.statements.control import control, jensen_control, jensen_gap

@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sdeblend.shell.figures import panels
 from toy.experiment.experiment import Outcome
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import label, legend_below
-from toy.plotting.laws import Cloud, Style, contours_2d, panels, points_2d, style_of, window_of
+from toy.plotting.laws import Cloud, Style, contours_2d, points_2d, style_of, window_of
 
 
 def laws_figure(

@@ -11,7 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from toy.plotting.laws import OKABE_ITO, panels, style_of
+from sdeblend.shell.figures import OKABE_ITO, panels
+from toy.plotting.laws import style_of
 from toy.statements.one_member import OneStep
 
 _MEMBERS = ("sky", "orange", "purple", "green", "yellow")

@@ -15,8 +15,8 @@ from toy import control, problems
 from toy.experiment import Outcome, run
 from toy.experiment.settings import Settings
 from toy.mixtures.mixture import GaussianMixture
+from toy.plotting import Cloud, figure_bytes, panels, style_of
 from toy.plotting.curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
-from toy.plotting.laws import Cloud, figure_bytes, panels, style_of
 from toy.plotting.line import (
     bounds_figure,
     conflict_figure,

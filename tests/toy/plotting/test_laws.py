@@ -12,18 +12,15 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 
+from sdeblend.shell.figures import OKABE_ITO, panels
 from toy.experiment.settings import METHODS
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.laws import (
-    FORMATS,
-    OKABE_ITO,
     Cloud,
     compare_figure,
     contours_2d,
-    figure_bytes,
     histogram_1d,
     member_style,
-    panels,
     points_2d,
     style_of,
     telling_pair,
@@ -111,24 +108,6 @@ def test_figure_has_a_panel_a_method_and_the_target_in_each(make) -> None:
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[0] == "base" and "exact target" in texts and "DB-MPA" in texts
     assert all(f"member tuned for '{name}'" in texts for name in problem.names)
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_the_same_figure_is_the_same_file(kind: str) -> None:
-    def draw(seed: int) -> bytes:
-        law = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
-        figure, (axes,) = panels(1)
-        contours_2d(axes, law, style_of("target"), [(-3, 3), (-3, 3)])
-        points_2d(axes, Cloud(law.sample(50, generator=generator(seed))), style_of("mpa"))
-        return figure_bytes(figure, kind)
-
-    assert draw(0) == draw(0) != draw(1)
-
-
-def test_format_must_be_known() -> None:
-    figure, _ = panels(1)
-    with pytest.raises(ValueError, match="a figure can be png, svg, pdf, got 'gif'"):
-        figure_bytes(figure, "gif")
 
 
 def test_no_global_figure_is_made() -> None:

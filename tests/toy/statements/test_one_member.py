@@ -7,7 +7,7 @@ import torch
 
 from sdeblend import BackwardSDE, Blend, VPLinear, solve, time_grid
 from toy import MixtureStack, problems
-from toy.plotting.laws import figure_bytes
+from toy.plotting import figure_bytes
 from toy.plotting.one_member import batches_figure, one_step_figure, sequence_figure
 from toy.statements.one_member import OneStep, covariance_error, extra_variance, one_step
 
