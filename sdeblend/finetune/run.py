@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ from sdeblend.reward import WeightedReward
 from sdeblend.shell.console import progress
 from sdeblend.shell.files import write_atomically
 from sdeblend.shell.processes import Launched, Processes
+from sdeblend.shell.registry import versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -208,7 +208,7 @@ def metadata(trainer: Trainer) -> dict[str, str]:
         "trainer": trainer.name,
         "settings": json.dumps(trainer.settings.to_json()),
         "iterations": str(trainer.iteration),
-        "version": version("sdeblend"),
+        "version": versions(["sdeblend"])["sdeblend"],
     }
     if trainer.calibrated:
         about["kl_weight"] = repr(trainer.settings.kl_weight)

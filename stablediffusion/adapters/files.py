@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import logging
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
 from stablediffusion.pipelines.components import denoiser_of, lora_components
 
 LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")

@@ -27,7 +27,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
 from stablediffusion.making.loop import Budget
 from stablediffusion.making.pipeline import assemble, export, generate
 from stablediffusion.making.train_scorer import export_scorer, train_scorer

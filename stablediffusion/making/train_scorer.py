@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
 from stablediffusion.making.loop import Budget, Loop, Rate, seeded
 from stablediffusion.scenes.captions import complete_scenes
 from stablediffusion.scenes.drawing import draw

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sdeblend.finetune.model import noised, per_row
-from sdeblend.io import write_atomically
+from sdeblend.shell.files import write_atomically
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.making.loop import Budget, Loop, Rate
 from stablediffusion.making.measure_members import measure

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from sdeblend.finetune.model import noised, per_row
-from sdeblend.io import write_atomically
 from sdeblend.schedule import NoiseSchedule
+from sdeblend.shell.files import write_atomically
 from toy.mixtures.mixture import GaussianMixture
 
 FREQUENCIES = 8
