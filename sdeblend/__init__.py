@@ -8,10 +8,12 @@ Source: Cheng et al., Diffusion Blend, arXiv 2505.18547.
 """
 
 from sdeblend.blend import Blend, Evaluation
+from sdeblend.brownian import BrownianNoise
 from sdeblend.certificate import Certificate, effective_sample_size
 from sdeblend.correct import Correction, systematic_resample
 from sdeblend.grid import time_grid
-from sdeblend.noise import BatchNoise, BrownianNoise, PerSampleNoise, ReplayNoise
+from sdeblend.noise import BatchNoise, PerSampleNoise, ReplayNoise
+from sdeblend.parametrisation import convert
 from sdeblend.preference import Preference
 from sdeblend.schedule import (
     SCHEDULES,
@@ -22,7 +24,7 @@ from sdeblend.schedule import (
     VPCosine,
     VPLinear,
 )
-from sdeblend.score import Bound, ScoreFunction, ScoreStack, Stack, convert
+from sdeblend.score import Bound, ScoreFunction, ScoreStack, Stack
 from sdeblend.sde import BackwardSDE
 from sdeblend.select import OneMemberPerStep
 from sdeblend.solve import Solution, State, solve, trajectory

@@ -6,7 +6,7 @@ A source is called once a step as ``source(n, t, s, like)`` and returns z of uni
 * BatchNoise: one generator for the batch; the fastest.
 * PerSampleNoise: one generator a sample; results do not depend on the batch size.
 * ReplayNoise: given tensors.
-* BrownianNoise: increments of one Brownian path, so that nested grids see the same path (order tests).
+* ``sdeblend.brownian``: increments of one Brownian path, so that nested grids see the same path.
 """
 
 from __future__ import annotations
@@ -81,32 +81,6 @@ class ReplayNoise:
                 f"the noise of step {n} must have shape {tuple(like.shape)}, got {got}; record it on this run's grid"
             )
         return self.draws[n].to(like)
-
-
-class BrownianNoise:
-    """Increments of a Brownian path, exact on every coarsening of its grid.
-
-    Args:
-        grid: the finest times, decreasing (n + 1,).
-        shape: (B, *event).
-        generator: draws the path, n tensors of this shape in float64.
-    """
-
-    def __init__(self, grid: Tensor, shape: Sequence[int], generator: torch.Generator) -> None:
-        self._place = {round(float(t), 12): n for n, t in enumerate(grid)}
-        h = -grid.diff()
-        steps = torch.randn(len(h), *shape, generator=generator, dtype=torch.float64)
-        steps *= h.sqrt().reshape(-1, *([1] * len(shape)))
-        self.path = torch.cat([torch.zeros(1, *shape, dtype=torch.float64), steps.cumsum(0)])
-
-    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
-        places = [self._place.get(round(float(u), 12)) for u in (t, s)]
-        if places[0] is None or places[1] is None:
-            raise ValueError(
-                f"a Brownian path is known on its own grid only, got the step {float(t):g} -> {float(s):g}"
-            )
-        increment = self.path[places[1]] - self.path[places[0]]
-        return (increment / (float(t) - float(s)) ** 0.5).to(like)
 
 
 def noise_source(noise: Noise) -> NoiseSource:

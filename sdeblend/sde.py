@@ -47,12 +47,6 @@ class BackwardSDE:
         f, g2 = float(self.schedule.drift_coef(t)), float(self.schedule.diffusion_sq(t))
         return f * x - g2 * self.score(x, t)
 
-    def ode_drift(self, x: Tensor, t: Time) -> Tensor:
-        """Return f x - g^2 S / 2, (B, *event), the drift of the probability-flow ODE."""
-        t = as_time(t)
-        f, g2 = float(self.schedule.drift_coef(t)), float(self.schedule.diffusion_sq(t))
-        return f * x - g2 / 2 * self.score(x, t)
-
     def diffusion(self, t: Time) -> Tensor:
         """Return g(t), float64, shaped as t."""
         return self.schedule.diffusion_sq(t).sqrt()

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sdeblend.blend import check_coefficients
 from sdeblend.preference import Preference
-from sdeblend.score import Bound, ScoreStack, member_scores, prepare_times, restrict_rows
+from sdeblend.score import Bound, ScoreStack, prepare_times, restrict_rows
 
 Selection = Literal["systematic", "independent", "shared"]
 # A random start in a sequence of this length gives member i a probability within 2/PERIOD of w_i.
@@ -131,6 +131,28 @@ def _uniform(batch: int, generator: torch.Generator | Sequence[torch.Generator])
     if isinstance(generator, torch.Generator):
         return torch.rand(batch, generator=generator, dtype=torch.float64)
     return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generator])
+
+
+def member_scores(stack: ScoreStack, x: Tensor, t: Tensor, member: Tensor) -> Tensor:
+    """Evaluate each row by one member of its own: one evaluation a row, whatever K is.
+
+    Args:
+        stack: K members.
+        x: state (B, *event).
+        t: time, 0-dim.
+        member: which member serves each row, long (B,).
+
+    Returns:
+        scores (B, *event).
+    """
+    used = member.unique().tolist()
+    if len(used) == 1:
+        return stack(x, t, used)[0]
+    out = torch.empty_like(x)
+    for k in used:
+        index = (member == k).nonzero().flatten()
+        out[index] = restrict_rows(stack, index)(x[index], t, [k])[0]
+    return out
 
 
 class OneMemberPerStep(Bound):

@@ -18,9 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sdeblend.parametrisation import Parametrisation, conversion
 from sdeblend.reward import Condition, Reward
 from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import Parametrisation, conversion
 from sdeblend.shell.settings import Settings
 
 

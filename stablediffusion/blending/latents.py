@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeblend.score import Bound, ScoreStack, conversion
+from sdeblend.parametrisation import conversion
+from sdeblend.score import Bound, ScoreStack
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.switch import SOUPS
 from stablediffusion.blending.denoiser import DenoiserStack

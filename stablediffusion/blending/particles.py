@@ -18,8 +18,8 @@ from torch import Tensor
 from sdeblend.blend import Evaluation, combine
 from sdeblend.certificate import effective_sample_size
 from sdeblend.correct import Correction, Weights
+from sdeblend.parametrisation import Parametrisation, conversion
 from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import Parametrisation, conversion
 from sdeblend.steps import Move
 
 

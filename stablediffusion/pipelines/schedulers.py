@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeblend.parametrisation import Parametrisation
 from sdeblend.schedule import NoiseSchedule, RectifiedFlow, TrainedTable
-from sdeblend.score import Parametrisation
 from sdeblend.steps import Ancestral, Move
 
 _PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}

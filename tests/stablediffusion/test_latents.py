@@ -12,7 +12,7 @@ import torch
 import sdeblend
 import sdeblend.blend
 from sdeblend import Ancestral, BackwardSDE, Blend, OneMemberPerStep, Preference, solve, time_grid
-from sdeblend.score import conversion
+from sdeblend.parametrisation import conversion
 from stablediffusion import blend, load_members, pipeline_score, schedule_of, scheduler_grid
 from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
 

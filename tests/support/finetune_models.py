@@ -17,8 +17,8 @@ from sdeblend import VPLinear
 from sdeblend.finetune.model import ModelSettings
 from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.finetune.trainers.policy import KL, StepWeights
+from sdeblend.parametrisation import conversion
 from sdeblend.reward import Reward, WeightedReward
-from sdeblend.score import conversion
 from sdeblend.shell.files import write_atomically
 from sdeblend.steps import Ancestral
 

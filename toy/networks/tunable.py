@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from sdeblend.finetune.model import ModelSettings
 from sdeblend.finetune.state import safetensors_bytes
+from sdeblend.parametrisation import Parametrisation
 from sdeblend.reward import Condition, Reward
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
-from sdeblend.score import Parametrisation
 from sdeblend.shell.files import write_atomically
 from sdeblend.shell.settings import OneOf
 from toy.mixtures.mixture import GaussianMixture

@@ -33,7 +33,7 @@ from sdeblend.finetune.trainer import Loss, Metrics
 from sdeblend.finetune.trainers.policy import PolicySettings, PolicyTrainer, Steps, StepWeights
 from sdeblend.finetune.trainers.replay import Replay
 from sdeblend.finetune.trainers.value import Value
-from sdeblend.score import conversion
+from sdeblend.parametrisation import conversion
 
 
 class DPOKSettings(PolicySettings):

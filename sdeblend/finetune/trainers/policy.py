@@ -46,7 +46,7 @@ from torch.nn.functional import pad
 from sdeblend.finetune.model import Condition, Tunable, per_row, take
 from sdeblend.finetune.paths import evaluated, log_snr_weights, visits
 from sdeblend.finetune.trainer import Trainer, TrainerSettings
-from sdeblend.score import conversion
+from sdeblend.parametrisation import conversion
 from sdeblend.steps import Ancestral
 
 KL = Literal["process", "chain"]
