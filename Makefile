@@ -24,7 +24,7 @@ test: $(READY)
 
 nightly: $(READY)
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m hypothesis
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/stablediffusion/test_parity.py
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/stablediffusion/blending/test_parity.py
 
 notebooks: $(READY)
 	$(BIN)/jupytext --quiet --set-kernel python3 --to ipynb --execute notebooks/*.py
