@@ -179,6 +179,24 @@ def draws_from_given_generators(module: Module) -> list[int]:
     return wrong
 
 
+def looks_at_pipelines_in_one_file(module: Module) -> list[int]:
+    # In a message a class may be named.
+    if module.path == Path("stablediffusion/pipelines/families.py"):
+        return []
+    messages = (node for node in ast.walk(module.tree) if isinstance(node, ast.JoinedStr))
+    told = {id(part) for message in messages for part in ast.walk(message)}
+    wrong = []
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("__name__", "__qualname__") and id(node) not in told:
+            owner = ast.unparse(node.value)
+            if re.fullmatch(r"type\((\w+\.)*pipe(line)?\)|(\w+\.)*pipe(line)?\.__class__", owner):
+                wrong.append(node.lineno)
+    for name, call in module.calls():
+        if name in ("isinstance", "issubclass") and re.search(r"Pipeline\b", ast.unparse(call.args[1])):
+            wrong.append(call.lineno)
+    return wrong
+
+
 RULES: dict[Rule, tuple[str, str]] = {
     # rule: a snippet that breaks it, and the module it would stand in
     follows_the_arrows: ("def f():\n    from stablediffusion.attach import blend", "toy/problems.py"),
@@ -189,6 +207,10 @@ RULES: dict[Rule, tuple[str, str]] = {
     loads_weights_only: ("import torch\ntorch.load('a.pt', weights_only=False)", "stablediffusion/lora.py"),
     never_pickles: ("def f():\n    import pickle", "sdeblend/finetune/state.py"),
     draws_from_given_generators: ("import torch\ntorch.randn(3)", "toy/mixture.py"),
+    looks_at_pipelines_in_one_file: (
+        "def f(self):\n    return type(self.pipe).__name__.startswith('Flux')",
+        "stablediffusion/blending/latents.py",
+    ),
 }
 OTHER_BREAKS: list[tuple[Rule, str, str]] = [
     (follows_the_arrows, "import toy", "sdeblend/steps/heun.py"),
@@ -203,6 +225,8 @@ OTHER_BREAKS: list[tuple[Rule, str, str]] = [
     (loads_weights_only, "import numpy as np\nnp.load('a.npz', allow_pickle=True)", "toy/metrics.py"),
     (draws_from_given_generators, "x.normal_()", "sdeblend/noise.py"),
     (draws_from_given_generators, "import torch\ntorch.manual_seed(0)", "toy/mixture.py"),
+    (looks_at_pipelines_in_one_file, "name = pipe.__class__.__name__", "stablediffusion/pipelines/inputs.py"),
+    (looks_at_pipelines_in_one_file, "isinstance(pipe, diffusers.FluxPipeline)", "stablediffusion/evaluate/case.py"),
 ]
 ALLOWED: list[tuple[Rule, str, str]] = [
     (follows_the_arrows, "from toy.mixture import GaussianMixture\nimport sdeblend", "proofs_checks/lemma1.py"),
@@ -219,6 +243,8 @@ ALLOWED: list[tuple[Rule, str, str]] = [
         "with torch.random.fork_rng():\n    torch.manual_seed(0)\n    torch.nn.init.normal_(weight)",
         "stablediffusion/testing.py",
     ),
+    (looks_at_pipelines_in_one_file, "raise ValueError(f'got {type(pipe).__name__}')", "stablediffusion/finetune/a.py"),
+    (looks_at_pipelines_in_one_file, "type(pipe).__name__ == 'A'", "stablediffusion/pipelines/families.py"),
 ]
 
 

@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers.utils import logging
 
 from sdeblend.shell.files import write_atomically
+from stablediffusion.adapters.switch import activity_of, adapted_layers, deactivate
 from stablediffusion.pipelines.components import denoiser_of, lora_components
+from stablediffusion.pipelines.loading import no_false_alarms
 
 LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
 ABOUT = "sdeblend."
@@ -259,7 +256,7 @@ def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
             f"a LoRA for {type(pipe).__name__} must address {', '.join(components)}, got {', '.join(absent)} "
             f"in {file.path or 'the given tensors'}; use a LoRA of this model family"
         )
-    before = {layer: list(layer.active_adapters) for layer in _adapted(components)}
+    restore = activity_of(components.values())
     try:
         with tempfile.TemporaryDirectory() as folder:
             # through a file, because only there does diffusers read the metadata
@@ -269,8 +266,7 @@ def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
         return _check_arrived(file, components, adapter)
     except BaseException as error:
         remove_adapter(pipe, adapter)
-        for layer in _adapted(components):
-            layer.__dict__["_active_adapter"] = before.get(layer, [])
+        restore()
         if isinstance(error, RuntimeError | KeyError | IndexError):
             lines = str(error).splitlines()
             raise ValueError(
@@ -280,20 +276,14 @@ def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
         raise
 
 
-def _adapted(components: Mapping[str, Any]) -> list[BaseTunerLayer]:
-    return [m for module in components.values() for m in module.modules() if isinstance(m, BaseTunerLayer)]
-
-
 def remove_adapter(pipe: Any, adapter: str) -> None:
     """Remove an adapter from every component; the last one takes the LoRA layers with it."""
     for module in lora_components(pipe).values():
         if adapter in getattr(module, "peft_config", {}):
-            for layer in (m for m in module.modules() if isinstance(m, BaseTunerLayer)):
-                # else peft activates another adapter in its place
-                layer.__dict__["_active_adapter"] = [n for n in layer.active_adapters if n != adapter]
+            deactivate([module], adapter)
             delete_adapter_layers(module, adapter)
         # also where diffusers, after a load that failed, has deleted the adapter and left its layers
-        if not getattr(module, "peft_config", None) and any(isinstance(m, BaseTunerLayer) for m in module.modules()):
+        if not getattr(module, "peft_config", None) and adapted_layers([module]):
             recurse_remove_peft_layers(module)
             module._hf_peft_config_loaded = False
 
@@ -311,26 +301,6 @@ def _write(file: LoraFile, path: Path) -> Path:
     text += b" " * (-len(text) % 8)
     write_atomically(path, len(text).to_bytes(8, "little") + text + content[end:])
     return path
-
-
-@contextmanager
-def no_false_alarms() -> Iterator[None]:
-    """Silence base weights "newly initialised" (a test compares them), files for one component, other adapters."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    other = diffusers_logging.get_verbosity()
-    logging.set_verbosity_error()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # its errors are raised as well
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        diffusers_logging.set_verbosity(other)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _check_arrived(file: LoraFile, components: Mapping[str, Any], adapter: str) -> tuple[str, ...]:

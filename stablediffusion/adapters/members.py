@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stablediffusion.adapters.files import LoraFile, load_lora, read_lora, remove_adapter
-from stablediffusion.adapters.switch import AdapterSwitch, check_unfused
+from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_unfused, freeze
 from stablediffusion.pipelines.components import denoiser_of, lora_components, text_encoders_of
 from stablediffusion.pipelines.identity import base_identity, same_base
 
@@ -81,6 +82,12 @@ class Members:
         """Return some of the members, in the order of ``names``; the others stay loaded and inactive."""
         return Members(self.pipe, {name: self[name] for name in names})
 
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Allow both switches' ``use`` inside; every layer is as before afterwards, whatever happens."""
+        with self.switch.borrowed(), self.text_switch.borrowed():
+            yield
+
     @property
     def text_members(self) -> tuple[Member, ...]:
         """The members that change a text encoder and so need prompt embeddings of their own."""
@@ -98,7 +105,7 @@ class Members:
             ValueError: an adapter that is gone, fused adapters or projections, or a cache.
         """
         components = lora_components(pipe)
-        check_unfused(type(pipe).__name__, components.values())
+        check_unfused(pipe, components.values())
         loaded = {name for module in components.values() for name in getattr(module, "peft_config", {})}
         for member in self._members.values():
             if member.adapter is not None and member.adapter not in loaded:
@@ -137,9 +144,9 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
         raise ValueError("a blend needs at least one member, got none; give {'name': 'lora.safetensors'}")
     if "base" in sources:
         raise ValueError("'base' names the pipeline's own network; give the member another name")
-    check_unfused(type(pipe).__name__, lora_components(pipe).values())
     components = lora_components(pipe)
-    active = {id(layer): list(layer.active_adapters) for layer in AdapterSwitch(components.values(), ()).layers}
+    check_unfused(pipe, components.values())
+    restore = activity_of(components.values())
     members: dict[str, Member] = {}
     added: list[str] = []
     # computed for the first member that names its base, once for all
@@ -166,13 +173,8 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
             remove_adapter(pipe, name)
         raise
     finally:
-        # loading activates an adapter; outside a blend the pipeline is to run as it did
-        for layer in AdapterSwitch(components.values(), ()).layers:
-            layer.__dict__["_active_adapter"] = [n for n in active.get(id(layer), []) if n not in added]
-            for holder in (getattr(layer, name, {}) for name in layer.adapter_layer_names):
-                for name in added:
-                    if name in holder:
-                        holder[name].requires_grad_(False)
+        restore()
+        freeze(components.values(), added)
     return Members(pipe, members)
 
 

@@ -19,22 +19,23 @@ Source: Diffusion Blend 2505.18547, Algorithms 1 to 3.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, get_args
 
 from torch import nn
 
-from sdeblend.blend import Preference
-from sdeblend.correct import Correction, CorrectionMode
+from sdeblend import Correction, Preference
+from sdeblend.correct import CorrectionMode
 from sdeblend.select import Selection
 from stablediffusion.adapters.members import Members
-from stablediffusion.adapters.switch import SOUPS
-from stablediffusion.blending.denoiser import DenoiserStack
-from stablediffusion.blending.knobs import Knobs, Mode
+from stablediffusion.adapters.soups import SOUPS
+from stablediffusion.blending.denoiser import Denoiser
+from stablediffusion.blending.engine import Engine, Mode
+from stablediffusion.blending.knobs import Knobs
+from stablediffusion.blending.patches import followed_scheduler, forward_name, patched, patched_forward
 from stablediffusion.pipelines.components import denoiser_of
-from stablediffusion.pipelines.schedulers import SUPPORTED
+from stablediffusion.pipelines.schedulers import check_resampling
 
 _MARK = "_sdeblend_attached"
 
@@ -78,6 +79,47 @@ def blend(
     if mode not in get_args(Mode):
         raise ValueError(f"the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     name, network = denoiser_of(pipe)
+    _check_free(name, network)
+    members = members.on(pipe)
+    correction = _checked(correct, mode, pipe)
+    if batched is None:
+        batched = mode == "mpa" and next(network.parameters()).is_cuda and members.adapters_only
+    with ExitStack() as undo:
+        undo.enter_context(members.borrowed())
+        denoiser = Denoiser(getattr(network, forward_name(network)), network, members, side_by_side=batched)
+        engine = Engine(pipe, members, denoiser, mode=mode, correction=correction, selection=selection, seed=seed)
+        undo.enter_context(engine.soup)
+        knobs = Knobs(engine)
+        knobs.preference = preference
+        undo.enter_context(_attached(pipe, network, engine))
+        yield knobs
+    if knobs.calls == 0:
+        raise ValueError(
+            f"a blend on {type(pipe).__name__} was never used: no call of its {name} came through in the 'with' block; "
+            "call this pipeline inside it, and no copy of it"
+        )
+
+
+@contextmanager
+def _attached(pipe: Any, network: nn.Module, engine: Engine) -> Iterator[None]:
+    """Let the engine work in place of the denoiser, of each step of the scheduler, and of the prompt encoder."""
+    with ExitStack() as undo:
+        network.__dict__[_MARK] = engine
+        undo.callback(network.__dict__.pop, _MARK, None)
+        follow = undo.enter_context(followed_scheduler(pipe, engine.restart, engine.step))
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            follow()
+            return engine.forward(original, *args, **kwargs)
+
+        undo.enter_context(patched_forward(network, forward))
+        if engine.members.text_members and engine.mode not in SOUPS:
+            undo.enter_context(patched(pipe, "encode_prompt", engine.encode))
+        yield
+
+
+def _check_free(name: str, network: nn.Module) -> None:
+    """Raise unless a denoiser can carry a blend."""
     if _MARK in network.__dict__:
         raise ValueError(
             f"a {name} can carry one blend at a time, got a second one; leave the first 'with' block, or change "
@@ -88,114 +130,17 @@ def blend(
             f"a blend cannot enter a {name} compiled in place, got one; use pipe.{name} = torch.compile(pipe.{name}) "
             f"or pipe.{name}.compile_repeated_blocks()"
         )
-    members = members.on(pipe)
-    correction = _checked(correct, mode, pipe)
-    if batched is None:
-        batched = mode == "mpa" and next(network.parameters()).is_cuda and members.adapters_only
-    with ExitStack() as undo:
-        undo.enter_context(members.switch.borrowed())
-        undo.enter_context(members.text_switch.borrowed())
-        soup = undo.enter_context(ExitStack())
-        # With offloading accelerate owns ``forward`` and calls ``_old_forward``; its hooks must stay outside.
-        place = "_old_forward" if hasattr(network, "_hf_hook") else "forward"
-        original = getattr(network, place)
-        stack = DenoiserStack(original, network, members, side_by_side=batched)
-        knobs = Knobs(pipe, members, mode, correction, selection, seed, stack, soup)
-        knobs.preference = preference
-        network.__dict__[_MARK] = knobs
-        undo.callback(network.__dict__.pop, _MARK, None)
-        undo.enter_context(_patched_forward(network, place, original, knobs))
-        undo.enter_context(_patched_scheduler(pipe, knobs))
-        if members.text_members and mode not in SOUPS:
-            undo.enter_context(_patched(pipe, "encode_prompt", knobs.encode))
-        yield knobs
-    if knobs.calls == 0:
-        raise ValueError(
-            f"a blend on {type(pipe).__name__} was never used: no call of its {name} came through in the 'with' block; "
-            "call this pipeline inside it, and no copy of it"
-        )
 
 
 def _checked(correct: CorrectionMode | Correction | None, mode: Mode, pipe: Any) -> Correction | None:
+    """Return the correction that a mode has on a pipeline, or raise if it cannot be had."""
     correction = Correction(correct) if isinstance(correct, str) else correct
     if correction is None or (mode != "mpa" and correction.mode == "certify"):
         return None
     if correction.groups is not None:
         raise ValueError("a pipeline's particles are its images of one prompt, got groups; leave groups out")
     if correction.mode == "resample":
-        scheduler = type(pipe.scheduler).__name__
         if mode != "mpa":
             raise ValueError(f"resampling corrects a blend of all members, got mode {mode!r}; use mode='mpa'")
-        if scheduler not in SUPPORTED:
-            raise ValueError(
-                f"resampling needs a scheduler with noise and without memory, {', '.join(SUPPORTED)}, got {scheduler}; "
-                "set pipe.scheduler, or pass correct=None"
-            )
+        check_resampling(pipe.scheduler)
     return correction
-
-
-@contextmanager
-def _patched(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace a bound method of one object by ``around(original, ...)`` with the same signature."""
-    original = getattr(owner, name)
-    own = owner.__dict__.get(name)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
-
-    owner.__dict__[name] = replacement
-    try:
-        yield
-    finally:
-        if own is None:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = own
-
-
-@contextmanager
-def _patched_forward(network: nn.Module, place: str, original: Callable[..., Any], knobs: Knobs) -> Iterator[None]:
-    """Replace the denoiser's forward, wherever offloading moves it in the meantime."""
-    own = network.__dict__.get(place)
-
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return knobs.forward(original, *args, **kwargs)
-
-    network.__dict__[place] = replacement
-    try:
-        yield
-    finally:
-        for name in ("forward", "_old_forward"):
-            if network.__dict__.get(name) is replacement:
-                if own is None and name == "forward":
-                    del network.__dict__[name]
-                else:
-                    network.__dict__[name] = original
-
-
-@contextmanager
-def _patched_scheduler(pipe: Any, knobs: Knobs) -> Iterator[None]:
-    """Follow the scheduler's runs and steps, also one that is exchanged inside the block."""
-    with ExitStack() as undo:
-        attached: list[Any] = []
-
-        def attach() -> None:
-            undo.close()
-            attached[:] = [pipe.scheduler]
-            undo.enter_context(_patched(pipe.scheduler, "set_timesteps", begin))
-            undo.enter_context(_patched(pipe.scheduler, "step", knobs.step))
-
-        def begin(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            knobs.restart()
-            return original(*args, **kwargs)
-
-        def follow() -> None:
-            if attached[0] is not pipe.scheduler:
-                attach()
-                knobs.restart()
-
-        attach()
-        knobs.follow_scheduler = follow
-        yield

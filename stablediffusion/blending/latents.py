@@ -16,20 +16,30 @@ Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algor
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdeblend import Preference
 from sdeblend.parametrisation import conversion
 from sdeblend.score import Bound, ScoreStack
 from stablediffusion.adapters.members import Members
-from stablediffusion.adapters.switch import SOUPS
-from stablediffusion.blending.denoiser import DenoiserStack
+from stablediffusion.adapters.soups import SOUPS
+from stablediffusion.blending.denoiser import Denoiser
 from stablediffusion.pipelines.components import denoiser_of
-from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, encode_prompts, image_size
-from stablediffusion.pipelines.schedulers import schedule_of, timestep_of
+from stablediffusion.pipelines.families import text_to_image
+from stablediffusion.pipelines.inputs import (
+    denoiser_arguments,
+    encode_prompts,
+    guided,
+    image_size,
+    images_of,
+    network_time,
+)
+from stablediffusion.pipelines.schedulers import schedule_of
 
 
 class PipelineScore(ScoreStack):
@@ -41,8 +51,6 @@ class PipelineScore(ScoreStack):
         names: the members' names, the order of the stack after the base.
         shape: of the state, (B, *event); Flux packs its latents into (B, tokens, channels).
     """
-
-    names: tuple[str, ...]
 
     def __init__(
         self,
@@ -56,28 +64,31 @@ class PipelineScore(ScoreStack):
         size: tuple[int, int],
         side_by_side: bool,
     ) -> None:
-        self.names = members.names
-        self.pipe, self.members, self.guidance_scale, self.size = pipe, members, float(guidance_scale), size
+        self.pipe, self.guidance_scale, self.size = pipe, float(guidance_scale), size
         self.schedule, self.prediction = schedule_of(pipe)
+        self._take(members, side_by_side)
         network = denoiser_of(pipe)[1]
         self.dtype, self.device = network.dtype, pipe._execution_device
         self.branches = 1 if guidance_scale == 1 else 2
-        self._flux = type(pipe).__name__.startswith("Flux")
-        self._stack = DenoiserStack(network.forward, network, members, side_by_side=side_by_side)
         self._index: Tensor | None = None
         with torch.no_grad(), members.text_switch.borrowed() as switch:
             base = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
             for member in members.text_members:
                 switch.use(str(member.adapter))
                 own = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
-                self._stack.embeddings.record(member.name, base, own)
+                self._denoiser.embeddings.record(member.name, base, own)
         event, self._fixed = denoiser_arguments(pipe, base, size, self.branches, embedded_guidance)
         self.shape = (len(prompts) * images, *event)
 
-    def __len__(self) -> int:
-        return len(self._stack)
+    def _take(self, members: Members, side_by_side: bool) -> None:
+        network = denoiser_of(self.pipe)[1]
+        self.members, self.names = members, members.names
+        self._denoiser = Denoiser(network.forward, network, members, side_by_side=side_by_side)
 
-    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None) -> Tensor:
+    def __len__(self) -> int:
+        return 1 + len(self.members)
+
+    def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None, /) -> Tensor:
         """Return the guided scores (K, B, *event) of base and members, or of those in ``active``.
 
         Args:
@@ -86,27 +97,30 @@ class PipelineScore(ScoreStack):
             active: positions in the stack.
         """
         rows = self.branches * self.shape[0]
-        value = float(t) if self._flux else float(timestep_of(self.schedule, t, self.pipe.scheduler))
+        value = float(network_time(self.pipe, self.schedule, t))
         timestep = torch.full((rows,), value, dtype=torch.float32, device=x.device)
         # only the shape counts: the rows themselves come with x below
         placeholder = x.new_empty((1, *x.shape[1:]), dtype=self.dtype).expand(rows, *x.shape[1:])
-        arguments = self._fixed | {self._stack.sample_name: placeholder, "timestep": timestep, "return_dict": False}
+        arguments = {self._denoiser.sample_name: placeholder, "timestep": timestep, "return_dict": False}
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), self.members.switch.borrowed():
-            self._stack.bind((), arguments, self.branches)
-            stack = self._stack if self._index is None else self._stack.rows(self._index)
+            stack = self._denoiser.bind((), self._fixed | arguments, self.branches)
+            stack = stack if self._index is None else stack.rows(self._index)
             branched = x.to(self.dtype).unsqueeze(1).expand(-1, self.branches, *x.shape[1:])
-            out = stack(branched, t, active).to(x.dtype)
-        value_of = out[:, :, 0]
-        if self.branches == 2:
-            value_of = value_of + self.guidance_scale * (out[:, :, 1] - value_of)
+            out = guided(stack(branched, t, active).to(x.dtype), self.guidance_scale, 2)
         p, q = conversion(self.schedule, t, self.prediction, "score")
-        return float(p) * x + float(q) * value_of
+        return float(p) * x + float(q) * out
 
     def rows(self, index: Tensor) -> PipelineScore:
         """Return the stack for the images ``index``."""
         part = copy.copy(self)
         part._index = index if self._index is None else self._index[index]
         return part
+
+    def alone(self) -> PipelineScore:
+        """Return the base without the members; adapters that are active, theirs too, then belong to it."""
+        base = copy.copy(self)
+        base._take(self.members.chosen(()), False)
+        return base
 
     def prior(
         self, generator: torch.Generator | Sequence[torch.Generator], dtype: torch.dtype = torch.float32
@@ -131,38 +145,53 @@ class PipelineScore(ScoreStack):
             latents: (B, *event) at t = 0.
             output_type: "pil" (a list), "np" (B, H, W, 3) in [0, 1] or "pt" (B, 3, H, W).
         """
-        vae = self.pipe.vae
-        dtype = vae.dtype
-        upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
-        try:
-            if upcast:
-                vae.to(torch.float32)
-            with torch.no_grad():
-                image = decode_latents(self.pipe, latents, self.size)
-        finally:
-            if upcast:
-                vae.to(dtype)
-        return self.pipe.image_processor.postprocess(image, output_type=output_type)
+        with torch.no_grad(), _precise(self.pipe.vae):
+            images = images_of(self.pipe, latents, self.size)
+        plain = [False] * len(images)
+        return self.pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=plain)
+
+
+@contextmanager
+def _precise(vae: Any) -> Iterator[None]:
+    """Decode in float32 where the autoencoder's configuration says that float16 overflows."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)
 
 
 class SoupScore(Bound):
     """The score of one network whose adapters are averaged: the rewarded soup, on latents.
 
     Args:
-        base: of the pipeline alone, without members.
+        stack: of the pipeline; its own members do not count.
         members: LoRA members of the denoiser.
-        coefficients: member -> c_i.
+        preference: over the members.
         mode: "soup" for the exact average of the changes, "soup-factors" for that of the factors.
 
     Raises:
-        ValueError: a member that changes the text encoder, or is a whole network.
+        ValueError: a preference an image, or one that names no member; a member that changes the text encoder, or is
+            a whole network.
     """
 
-    def __init__(self, base: PipelineScore, members: Members, coefficients: Mapping[str, float], mode: str) -> None:
-        for name in coefficients:
+    def __init__(
+        self, stack: PipelineScore, members: Members, preference: Preference | Mapping[str, float], mode: str
+    ) -> None:
+        preference = preference if isinstance(preference, Preference) else Preference(preference)
+        coefficients = preference.coefficients(members.names)
+        if coefficients.ndim == 2:
+            raise ValueError("a soup is one network and needs one preference, got one an image; use a Blend")
+        named = dict(zip(members.names, coefficients[1:].tolist(), strict=True))
+        self.coefficients = {name: c for name, c in named.items() if c or name in (preference.names or named)}
+        for name in self.coefficients:
             if members[name].text_encoders or members[name].module is not None:
                 raise ValueError(f"a soup of scores needs LoRA members of the denoiser alone, got {name!r}")
-        self.base, self.members, self.coefficients, self.mode = base, members, dict(coefficients), mode
+        self.base, self.members, self.mode = stack.alone(), members, mode
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the guided score (B, *event)."""
@@ -172,7 +201,9 @@ class SoupScore(Bound):
 
     def rows(self, index: Tensor) -> SoupScore:
         """Return the score of the images ``index``."""
-        return SoupScore(self.base.rows(index), self.members, self.coefficients, self.mode)
+        part = copy.copy(self)
+        part.base = self.base.rows(index)
+        return part
 
 
 def pipeline_score(
@@ -208,10 +239,7 @@ def pipeline_score(
     Raises:
         ValueError: another task, prompts and negative prompts that do not match, or members that cannot run.
     """
-    if any(word in type(pipe).__name__ for word in ("Img2Img", "Inpaint", "ControlNet", "Control")):
-        raise ValueError(
-            f"scores on latents need a text-to-image pipeline, got {type(pipe).__name__}; attach a blend to it instead"
-        )
+    text_to_image(pipe, "a score on latents")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
     if not prompts or len(negatives) != len(prompts):

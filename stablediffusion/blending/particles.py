@@ -21,6 +21,7 @@ from sdeblend.correct import Correction, Weights
 from sdeblend.parametrisation import Parametrisation, conversion
 from sdeblend.schedule import NoiseSchedule
 from sdeblend.steps import Move
+from stablediffusion.pipelines.inputs import guided
 
 
 class EffectiveSamples(NamedTuple):
@@ -41,33 +42,25 @@ class Particles:
     """The weights of the images of one pipeline run.
 
     Args:
-        correction: how they are used.
+        correction: how they are used, and which images are particles of one problem.
         coefficients: of the blend, (K,) or (B, K).
-        groups: which images are particles of one problem, long (B,).
         schedule: of the network.
         prediction: what the network predicts.
 
     Attributes:
-        reason: why there are no weights, or None.
         pairs: one (K, K) a step: what each pair of members adds to the mean of -log W over the blend's own paths, in
             nats; of one problem, its sum is the step's entry of the certificate's profile.
     """
 
     def __init__(
-        self,
-        correction: Correction,
-        coefficients: Tensor,
-        groups: Tensor,
-        schedule: NoiseSchedule,
-        prediction: Parametrisation,
+        self, correction: Correction, coefficients: Tensor, schedule: NoiseSchedule, prediction: Parametrisation
     ) -> None:
-        replaced = Correction(
-            correction.mode, correction.threshold, correction.tempering, correction.active, correction.generator, groups
-        )
-        self.weights = Weights(replaced, len(groups), groups.device, bool((coefficients >= 0).all()))
+        groups = correction.groups
+        assert groups is not None
+        self.weights = Weights(correction, len(groups), groups.device, bool((coefficients >= 0).all()))
         self.count = coefficients.shape[-1]
         self.schedule, self.prediction = schedule, prediction
-        self.reason: str | None = None
+        self._share = groups.bincount()[groups] / len(groups)  # of an image's problem among the images
         self.pairs: list[Tensor] = []
 
     def add(self, move: Move, evaluation: Evaluation) -> None:
@@ -79,9 +72,8 @@ class Particles:
             return
         slope = move.b * float(conversion(self.schedule, move.t, self.prediction, "score")[1])
         active = torch.tensor(evaluation.active)
-        undo = self.weights.undo() / len(self.weights.particles)
-        share = torch.tensordot(undo, evaluation.pair_spread(), 1).cpu() * slope**2 / (2 * move.g**2)
-        pairs[active[:, None], active] = share
+        mean = torch.tensordot(self.weights.undo() * self._share, evaluation.pair_spread(), 1).cpu()
+        pairs[active[:, None], active] = mean * slope**2 / (2 * move.g**2)
         self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
 
     def effective_samples(self) -> list[EffectiveSamples]:
@@ -99,18 +91,14 @@ class Particles:
         return self.weights.resample(len(self.pairs))
 
 
-def guided(evaluation: Evaluation, guidance_scale: float) -> Evaluation:
+def after_guidance(evaluation: Evaluation, guidance_scale: float) -> Evaluation:
     """Return the evaluation after classifier-free guidance: members (K, B, G, *event) -> (K, B, *event).
 
     Args:
         evaluation: G = 2, negative prompt first, or G = 1.
-        guidance_scale: g; the guided prediction is negative + g (positive - negative).
+        guidance_scale: g.
     """
-    members = evaluation.members
-    if members.shape[2] == 1:
-        members = members[:, :, 0]
-    else:
-        members = members[:, :, 0] + guidance_scale * (members[:, :, 1] - members[:, :, 0])
+    members = guided(evaluation.members, guidance_scale, 2)
     return Evaluation(combine(members, evaluation.coefficients), members, evaluation.coefficients, evaluation.active)
 
 

@@ -30,7 +30,7 @@ from sdeblend.shell.files import write_atomically
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
 from stablediffusion.blending.latents import PipelineScore, SoupScore, pipeline_score
-from stablediffusion.pipelines.inputs import decode_latents
+from stablediffusion.pipelines.inputs import images_of
 from stablediffusion.pipelines.schedulers import scheduler_grid
 from stablediffusion.rewards.scoring import Prompts, score_each
 from stablediffusion.scenes.captions import parse
@@ -95,8 +95,9 @@ class PipelineCase(MeasuredCase):
 
     def score(self, role: OneModel, preference: Preference, batch: int) -> ScoreFunction | None:
         if role in _SOUPS:
-            shares = {self.roles[f"member:{name}"]: share for name, share in self.shares(preference).items()}
-            soup = SoupScore(self._stack(batch, []), self.members.chosen(list(shares)), shares, _SOUPS[role])
+            named = {self.roles[f"member:{name}"]: w for name, w in self.weights(preference).items()}
+            own = Preference(named, preference.strength)
+            soup = SoupScore(self._stack(batch, []), self.members, own, _SOUPS[role])
             return _Cut(soup, self.backend.settings["batch"] // self._branches, batch)
         tuned = self._tuned(preference)
         return None if tuned is None else Blend(self._cut(self._stack(batch, [tuned])), [0.0, 1.0])
@@ -265,8 +266,8 @@ class PipelineCase(MeasuredCase):
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the images of clean latents (B, *event), (B, 3, H, W) in [0, 1], differentiable."""
-        parts = [decode_latents(self.backend.pipe, part, self.size) for part in x.split(self.backend.settings["batch"])]
-        return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        parts = [images_of(self.backend.pipe, part, self.size) for part in x.split(self.backend.settings["batch"])]
+        return torch.cat(parts).to(x.dtype)
 
 
 class _CutStack(ScoreStack):

@@ -32,13 +32,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdeblend.finetune.model import Condition
-from stablediffusion.adapters.files import ABOUT, no_false_alarms, read_lora, save_lora
-from stablediffusion.adapters.switch import AdapterSwitch, check_unfused
+from stablediffusion.adapters.files import ABOUT, read_lora, save_lora
+from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_unfused
 from stablediffusion.pipelines.components import denoiser_of, lora_components
+from stablediffusion.pipelines.families import text_to_image
 from stablediffusion.pipelines.identity import base_identity, same_base
-from stablediffusion.pipelines.inputs import decode_latents, denoiser_arguments, image_size
+from stablediffusion.pipelines.inputs import denoiser_arguments, guided, image_size, images_of, network_time
+from stablediffusion.pipelines.loading import no_false_alarms
 from stablediffusion.pipelines.prompts import Draw, Encoder, PromptCondition, prompt_source
-from stablediffusion.pipelines.schedulers import schedule_of, timestep_of
+from stablediffusion.pipelines.schedulers import schedule_of
 
 Layers = Literal["attention", "feed-forward", "convolutions"]
 _TARGETS: dict[str, tuple[str, ...]] = {
@@ -46,7 +48,6 @@ _TARGETS: dict[str, tuple[str, ...]] = {
     "feed-forward": ("ff.net.0.proj", "ff.net.2"),
     "convolutions": ("conv1", "conv2", "conv_shortcut"),
 }
-_FAMILIES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 ADAPTER = "tuned"
 # Of the rows that fit without a gradient, one in this many with what is kept for it.
 _GRADED = 4
@@ -103,8 +104,7 @@ class PipelineTunable:
         save_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        if type(pipe).__name__ not in _FAMILIES:
-            raise ValueError(f"tuning needs one of {', '.join(_FAMILIES)}, got {type(pipe).__name__}; load it as such")
+        text_to_image(pipe, "tuning")
         branches = 1 if guidance == 1 else 2
         if graded_batch is None:
             graded_batch = max(1, batch // (branches * (1 if checkpointing else _GRADED)))
@@ -112,7 +112,7 @@ class PipelineTunable:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        check_unfused(type(pipe).__name__, lora_components(pipe).values())
+        check_unfused(pipe, lora_components(pipe).values())
         self.pipe, self.network = pipe, denoiser_of(pipe)[1]
         self.schedule, self.prediction = schedule_of(pipe)
         self.device, self.dtype = torch.device(pipe._execution_device), self.network.dtype
@@ -121,7 +121,6 @@ class PipelineTunable:
         self.checkpointing, self.save_dtype = checkpointing, save_dtype
         self.batch, self.decode_batch = batch, decode_batch
         self.graded_batch: int | None = graded_batch
-        self._flux = type(pipe).__name__ == "FluxPipeline"
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -168,7 +167,7 @@ class PipelineTunable:
         """Return the images of latents x (B, *event), (B, 3, H, W) in [0, 1]; differentiable."""
 
         def some(part: Tensor) -> Tensor:
-            return (decode_latents(self.pipe, part, self.size) / 2 + 0.5).clamp(0, 1)
+            return images_of(self.pipe, part, self.size)
 
         graded = torch.is_grad_enabled() and x.requires_grad
         parts = x.split(max(1, self.decode_batch // _GRADED) if graded else self.decode_batch)
@@ -223,15 +222,11 @@ class PipelineTunable:
         _, arguments = denoiser_arguments(
             self.pipe, condition.of_rows(), self.size, self.branches, self.embedded_guidance
         )
-        times = t if self._flux else timestep_of(self.schedule, t, self.pipe.scheduler)
-        times = times.to(self.device, torch.float32).repeat(self.branches)
+        times = network_time(self.pipe, self.schedule, t).to(self.device, torch.float32).repeat(self.branches)
         sample = x.to(self.dtype).repeat(self.branches, *[1] * (x.ndim - 1))
         with self._using(adapters):
             out = self.network(sample, timestep=times, return_dict=False, **arguments)[0].to(x.dtype)
-        if self.branches == 1:
-            return out
-        negative, positive = out.chunk(2)
-        return negative + self.guidance * (positive - negative)
+        return guided(out.unflatten(0, (self.branches, -1)), self.guidance, 0)
 
     @contextmanager
     def _using(self, adapters: tuple[str, ...]) -> Iterator[None]:
@@ -267,13 +262,11 @@ def _add_adapter(network: Any, rank: int, alpha: float, layers: Sequence[str], s
             raise ValueError(f"layers name what the network has, got {kind!r}, which {type(network).__name__} lacks")
     targets = [target for kind in layers for target in _TARGETS[kind]]
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-    active = {layer: list(layer.active_adapters) for layer in AdapterSwitch([network], ()).layers}
+    restore = activity_of([network])
     with torch.random.fork_rng(devices=[]), no_false_alarms():
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=ADAPTER)
-    for layer in AdapterSwitch([network], ()).layers:
-        # adding an adapter activates it alone; outside ``tuned`` the pipeline is to run as it did
-        layer.__dict__["_active_adapter"] = active.get(layer, [])
+    restore()  # outside ``tuned`` the pipeline is to run as it did
     found: dict[str, nn.Parameter] = {}
     for name, layer in network.named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:

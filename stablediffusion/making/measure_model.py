@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sdeblend.shell.console import markdown
 from sdeblend.shell.files import write_atomically
-from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.pipeline import generate
+from stablediffusion.pipelines.loading import no_false_alarms
 from stablediffusion.scenes.captions import caption, held_out_captions
 from stablediffusion.scenes.drawing import draw
 from stablediffusion.scenes.scorer import Accuracies, accuracies

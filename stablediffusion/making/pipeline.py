@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sdeblend.shell.console import progress
-from stablediffusion.adapters.files import no_false_alarms
 from stablediffusion.making.networks import scheduler
 from stablediffusion.making.tokenizer import tokenizer
+from stablediffusion.pipelines.loading import no_false_alarms
 from stablediffusion.small.files import GUIDANCE
 
 if TYPE_CHECKING:

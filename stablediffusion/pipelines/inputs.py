@@ -1,7 +1,4 @@
-"""What a pipeline's networks take and give besides state and time: prompt embeddings, sizes, decoded images.
-
-One place for what differs between Stable Diffusion, SDXL, SD 3 and Flux; diffusers keeps it inside each ``__call__``.
-"""
+"""What a pipeline's networks take and give besides the state: prompt embeddings, times, sizes, guidance, images."""
 
 from __future__ import annotations
 
@@ -11,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdeblend.schedule import NoiseSchedule
 from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion.pipelines.families import Embeddings, Size, family_of
+from stablediffusion.pipelines.schedulers import timestep_of
 
 
 def encode_prompts(
     pipe: Any, prompts: Sequence[str], negatives: Sequence[str], images: int, guided: bool
-) -> tuple[Tensor | None, ...]:
+) -> Embeddings:
     """Encode prompts as a pipeline does.
 
     Args:
@@ -28,35 +28,11 @@ def encode_prompts(
     Returns:
         (positive, negative, pooled positive, pooled negative) embeddings, None where there is none.
     """
-    name, device = type(pipe).__name__, pipe._execution_device
-    if name.startswith("Flux"):
-        length = min(512, pipe.tokenizer_2.model_max_length)
-        both = [
-            pipe.encode_prompt(list(texts), None, device, images, max_sequence_length=length)
-            for texts in ((prompts, negatives) if guided else (prompts,))
-        ]
-        positive, negative = both[0], both[-1] if guided else (None, None)
-        return positive[0], negative[0], positive[1], negative[1]
-    arguments = {
-        "prompt": list(prompts),
-        "device": device,
-        "num_images_per_prompt": images,
-        "do_classifier_free_guidance": guided,
-        "negative_prompt": list(negatives) if guided else None,
-    }
-    if name.startswith("StableDiffusion3"):
-        length = 256 if pipe.tokenizer_3 is None else min(256, pipe.tokenizer_3.model_max_length)
-        return pipe.encode_prompt(prompt_2=None, prompt_3=None, max_sequence_length=length, **arguments)
-    out = pipe.encode_prompt(**arguments)
-    return out if len(out) == 4 else (*out, None, None)
+    return family_of(pipe).encode(pipe, list(prompts), list(negatives), images, guided)
 
 
 def denoiser_arguments(
-    pipe: Any,
-    embeddings: tuple[Tensor | None, ...],
-    size: tuple[int, int],
-    branches: int,
-    embedded_guidance: float,
+    pipe: Any, embeddings: tuple[Tensor | None, ...], size: Size, branches: int, embedded_guidance: float
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the shape of one image's state, and the denoiser's arguments that do not change over a run.
 
@@ -68,39 +44,46 @@ def denoiser_arguments(
         embedded_guidance: input of a guidance-distilled Flux.
     """
     positive, negative, pooled, negative_pooled = embeddings
-    (network_name, network), scale = denoiser_of(pipe), pipe.vae_scale_factor
+    family = family_of(pipe)
 
-    def both(minus: Tensor | None, plus: Tensor | None) -> Tensor:
-        return torch.cat([part for part in (minus if branches == 2 else None, plus) if part is not None])
+    def both(minus: Tensor | None, plus: Tensor | None) -> Tensor | None:
+        return plus if branches == 1 or minus is None or plus is None else torch.cat([minus, plus])
 
-    fixed: dict[str, Any] = {"encoder_hidden_states": both(negative, positive)}
-    rows, device, dtype = len(fixed["encoder_hidden_states"]), pipe._execution_device, network.dtype
-    if type(pipe).__name__.startswith("Flux"):
-        tall, wide = (2 * (length // (scale * 2)) for length in size)
-        fixed["pooled_projections"] = both(negative_pooled, pooled)
-        fixed["img_ids"] = pipe._prepare_latent_image_ids(rows, tall // 2, wide // 2, device, dtype)
-        fixed["txt_ids"] = torch.zeros(fixed["encoder_hidden_states"].shape[1], 3, device=device, dtype=dtype)
-        if network.config.guidance_embeds:
-            fixed["guidance"] = torch.full((rows,), embedded_guidance, device=device, dtype=torch.float32)
-        return (tall * wide // 4, network.config.in_channels), fixed
-    if network_name == "transformer":
-        fixed["pooled_projections"] = both(negative_pooled, pooled)
-    elif pooled is not None:
-        width = pipe.text_encoder_2.config.projection_dim
-        ids = pipe._get_add_time_ids(size, (0, 0), size, dtype, text_encoder_projection_dim=width)
-        added = {"text_embeds": both(negative_pooled, pooled), "time_ids": ids.to(device).repeat(rows, 1)}
-        fixed["added_cond_kwargs"] = added
-    return (network.config.in_channels, size[0] // scale, size[1] // scale), fixed
+    text = both(negative, positive)
+    assert text is not None  # every family has prompt embeddings
+    conditions = family.conditions(pipe, both(negative_pooled, pooled), text, size, embedded_guidance)
+    return family.event(pipe, size), {"encoder_hidden_states": text, **conditions}
 
 
-def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
+def network_time(pipe: Any, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """Return what a pipeline calls its denoiser with at time t, float64."""
+    return timestep_of(schedule, t, pipe.scheduler) * family_of(pipe).time_scale
+
+
+def guided(branches: Tensor, guidance_scale: float, dim: int) -> Tensor:
+    """Return what classifier-free guidance makes of its branches: negative + g (positive - negative).
+
+    Args:
+        branches: predictions; along ``dim`` the negative prompt's and the positive's, or one without guidance.
+        guidance_scale: g.
+        dim: which dimension goes.
+
+    Source: Ho and Salimans 2207.12598.
+    """
+    if branches.shape[dim] == 1:
+        return branches.squeeze(dim)
+    negative, positive = branches.unbind(dim)
+    return negative + guidance_scale * (positive - negative)
+
+
+def image_size(pipe: Any, height: int | None, width: int | None) -> Size:
     """Return height and width in pixels, the model's own where None."""
     side = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe)[1].config.sample_size
     return height or side * pipe.vae_scale_factor, width or side * pipe.vae_scale_factor
 
 
-def decode_latents(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the images of clean latents, (B, 3, H, W) around -1..1, differentiable.
+def images_of(pipe: Any, latents: Tensor, size: Size) -> Tensor:
+    """Return the images of clean latents, (B, 3, H, W) in [0, 1], differentiable.
 
     Args:
         pipe: its autoencoder decodes, in the autoencoder's dtype.
@@ -108,8 +91,7 @@ def decode_latents(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         size: height and width in pixels.
     """
     vae = pipe.vae
-    if type(pipe).__name__.startswith("Flux"):
-        latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+    latents = family_of(pipe).unpack(pipe, latents, size)
     mean, std = (vae.config.get(f"latents_{what}") for what in ("mean", "std"))
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
@@ -117,4 +99,4 @@ def decode_latents(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         latents = latents + latents.new_tensor(mean).view(shape)
     else:
         latents = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return (vae.decode(latents.to(vae.dtype), return_dict=False)[0] / 2 + 0.5).clamp(0, 1)

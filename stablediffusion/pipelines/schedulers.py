@@ -41,13 +41,14 @@ def schedule_of(pipe: Any) -> tuple[NoiseSchedule, Parametrisation]:
         ValueError: a scheduler of neither kind.
     """
     scheduler = pipe.scheduler
-    table = getattr(scheduler, "alphas_cumprod", None)
+    flow = scheduler.config.get("use_flow_sigmas") or type(scheduler).__name__.startswith("FlowMatch")
+    table = None if flow else getattr(scheduler, "alphas_cumprod", None)
     if table is not None:
         prediction = scheduler.config.get("prediction_type", "epsilon")
         if prediction not in _PREDICTIONS:
             raise ValueError(f"a network must predict one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
         return TrainedTable(table), _PREDICTIONS[prediction]
-    if type(scheduler).__name__.startswith("FlowMatch"):
+    if flow:
         return RectifiedFlow(), "flow"
     raise ValueError(
         f"the scheduler must have alphas_cumprod or be a FlowMatch one, got {type(scheduler).__name__}; "
@@ -133,3 +134,17 @@ def noisy_move(scheduler: Any, schedule: NoiseSchedule, timestep: float, eta: fl
     if s >= t:
         return Move(torch.tensor(t), torch.tensor(s), 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
     return Ancestral(eta).plan(schedule, torch.tensor([t, s], dtype=torch.float64))[0]
+
+
+def check_resampling(scheduler: Any) -> None:
+    """Raise unless images may be redrawn between a scheduler's steps.
+
+    Raises:
+        ValueError: a scheduler without noise, or with memory.
+    """
+    name = type(scheduler).__name__
+    if name not in SUPPORTED:
+        raise ValueError(
+            f"resampling needs a scheduler with noise and without memory, {', '.join(SUPPORTED)}, got {name}; "
+            "set pipe.scheduler, or pass correct=None"
+        )

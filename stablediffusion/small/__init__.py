@@ -27,7 +27,7 @@ def load_small(dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     Args:
         dtype: of the networks; the files hold half precision.
     """
-    from stablediffusion.adapters.files import no_false_alarms
+    from stablediffusion.pipelines.loading import no_false_alarms
 
     # transformers tells of image processors without torchvision, which nothing here uses
     with no_false_alarms():

@@ -16,7 +16,7 @@ from torch import Tensor
 from sdeblend.blend import Preference
 from stablediffusion.adapters.members import Members
 from stablediffusion.blending.attach import blend
-from stablediffusion.blending.knobs import Mode
+from stablediffusion.blending.engine import Mode
 from stablediffusion.rewards import REWARDS, ImageReward
 from stablediffusion.small.files import GUIDANCE
 

@@ -18,7 +18,7 @@ from sdeblend.blend import Preference
 from sdeblend.shell.console import show_table, track
 from sdeblend.shell.files import write_atomically
 from stablediffusion.adapters.members import load_members
-from stablediffusion.blending.knobs import Mode
+from stablediffusion.blending.engine import Mode
 from stablediffusion.small import load_small
 from stablediffusion.small.cells import PROMPTS, Cell, draw_cell, mean_and_error
 from stablediffusion.small.files import bundled_member

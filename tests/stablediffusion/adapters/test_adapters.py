@@ -11,7 +11,8 @@ from peft.tuners.lora import LoraLayer
 
 from sdeblend import Preference
 from stablediffusion import blend, load_members
-from stablediffusion.adapters.switch import SideBySide, delta_soup, factor_soup
+from stablediffusion.adapters.side_by_side import SideBySide
+from stablediffusion.adapters.soups import delta_soup, factor_soup
 from stablediffusion.testing import tiny_call, tiny_lora, tiny_pipeline
 from tests.support import sd_reference as reference
 

@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 import stablediffusion
-from sdeblend import Preference
+from sdeblend import Blend, Preference
 from stablediffusion import load_members
 from stablediffusion.testing import tiny_call, tiny_lora, tiny_pipeline
 from tests.support import sd_reference as reference
@@ -143,7 +143,7 @@ def test_one_member_a_step(tmp_path):
     preference = Preference({"a": 0.3, "b": 0.4})
     with blend(pipe, members, preference, mode="ls", seed=5) as knobs:
         four = call(pipe, steps=6, num_images_per_prompt=4, generator=[seeded(i) for i in range(4)])
-        used = knobs._selection.index.clone()
+        used = knobs._engine.run.serving.clone()
         assert knobs.calls == 11  # Heun: twice a step but the last
         assert knobs.evaluations == 44  # one a call and image
         knobs.preference = {"a": 1.0}
@@ -157,7 +157,8 @@ def test_one_member_a_step(tmp_path):
         ls = call(pipe)
     with blend(pipe, members, {"b": 1.0}):
         torch.testing.assert_close(ls, call(pipe), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="probabilities"), blend(pipe, members, {"a": 1.5, "b": 0.1}, mode="ls"):
+    beyond = Preference({"a": 0.9, "b": 0.1}, strength=1.6)
+    with pytest.raises(ValueError, match="probabilities"), blend(pipe, members, beyond, mode="ls"):
         pass
 
 
@@ -173,18 +174,18 @@ def test_batch_size_and_history_do_not_matter(tmp_path):
     assert (three[0] - three[1]).abs().max() > 1e-2
 
 
-def test_half_precision_stays_in_the_network(tmp_path):
+def test_half_precision_stays_in_the_network(tmp_path, monkeypatch):
     """Members are combined in float32; the pipeline gets its own dtype back."""
     pipe, members, _ = with_members(tmp_path, dtype=torch.bfloat16)
     seen = []
     with blend(pipe, members, HALVES, batched=True) as knobs:
-        evaluate = knobs._blend.evaluate
+        evaluate = Blend.evaluate
 
-        def recorded(x, t):
-            seen.append(evaluate(x, t))
+        def recorded(self, x, t):
+            seen.append(evaluate(self, x, t))
             return seen[-1]
 
-        knobs._blend.evaluate = recorded
+        monkeypatch.setattr(Blend, "evaluate", recorded)
         assert call(pipe, eta=1.0).dtype == torch.bfloat16
         assert knobs.certificate is not None
     assert {e.members.dtype for e in seen} == {torch.float32}

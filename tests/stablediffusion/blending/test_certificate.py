@@ -227,7 +227,7 @@ def test_few_images_have_a_bound_or_a_warning(tmp_path):
             assert knobs.certificate.reliable and not knobs.certificate.normalised
             assert str(knobs.certificate).startswith("at most ")
             assert (knobs.certificate.standard_error == math.inf) == (images == 1)
-        knobs.preference = Preference({"a": 1.5})
+        knobs.preference = Preference({"a": 1.0}, strength=1.5)
         call(pipe, 3, eta=1.0)
         assert not knobs.certificate.reliable
         assert "negative" in knobs.certificate.warning
