@@ -20,15 +20,15 @@ import diffusers
 import torch
 from PIL import Image
 
-from sdeblend.blend import Preference
 from sdeblend.shell.console import Bar, progress
+from sdeblend.shell.figures import contact_sheet, encoded
 from sdeblend.shell.files import write_atomically
 from sdeblend.shell.registry import versions
 from stablediffusion.adapters.files import find_lora
-from stablediffusion.adapters.members import load_members
+from stablediffusion.adapters.members import Members, load_members
 from stablediffusion.blending.attach import blend
 from stablediffusion.blending.knobs import Knobs
-from stablediffusion.generate.command import BUNDLED
+from stablediffusion.generate.options import BUNDLED, Options
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.small.files import MODEL, bundled_member
 
@@ -44,22 +44,24 @@ class Run:
     """One folder of results.
 
     Args:
-        settings: the command's options by name.
-        points: weights by member name, one a point.
+        options: of the command.
         out: the folder.
 
     Raises:
         ValueError: if the folder holds a run with other settings, or a record that cannot be read.
     """
 
-    def __init__(self, settings: dict[str, Any], points: list[dict[str, float]], out: Path) -> None:
-        self.settings, self.points, self.out = settings, points, out
+    def __init__(self, options: Options, out: Path) -> None:
+        self.options, self.preferences, self.out = options, options.preferences, out
         self.files = {
             name: bundled_member(name) if source == BUNDLED else find_lora(source)
-            for name, source in settings["member"].items()
+            for name, source in options.member.items()
         }
-        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
-        wanted = {"settings": settings, "points": points, "members_sha256": hashes}
+        wanted: dict[str, Any] = {
+            "settings": options.model_dump(mode="json", exclude={"sweep", "weights", "out"}),
+            "points": [preference.weights for preference in self.preferences],
+            "members_sha256": {k: hashlib.sha256(path.read_bytes()).hexdigest() for k, path in self.files.items()},
+        }
         self.record: dict[str, Any] = wanted | {"results": {}}
         path = out / "run.json"
         if path.exists():
@@ -72,64 +74,52 @@ class Run:
 
     def finish(self) -> None:
         """Compute the points that are missing, then draw the contact sheet."""
-        missing = [k for k in range(len(self.points)) if str(k) not in self.record["results"]]
+        missing = [k for k in range(len(self.preferences)) if str(k) not in self.record["results"]]
         if missing:
-            self._check_device()
             pipe = self._pipeline()
             members = load_members(pipe, self.files)
-            total = len(missing) * self.settings["steps"]
-            with progress("images", total, unit="steps") as bar:
+            with progress("images", len(missing) * self.options.steps, unit="steps") as bar:
                 for k in missing:
                     self._finish_point(pipe, members, k, bar)
-        from sdeblend.shell.figures import encoded
-
         write_atomically(self.out / "sheet.png", encoded(self._sheet()))
 
     def _pipeline(self) -> Any:
-        s = self.settings
-        source = MODEL if s["model"] == BUNDLED else s["model"]
-        pipe = load_pipeline(str(source), getattr(torch, s["dtype"]), what="--model")
-        if s["scheduler"] != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
-            # clipping is a default of these classes and wrong on latents
-            extra = {} if s["scheduler"] == "euler-a" else {"clip_sample": False}
-            pipe.scheduler = _SCHEDULERS[s["scheduler"]].from_config(pipe.scheduler.config, **extra)
-        return pipe.to(s["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def _check_device(self) -> None:
-        device = self.settings["device"]
+        o = self.options
         try:
-            torch.empty(0, device=device)
+            torch.empty(0, device=o.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(f"--device must be one that torch can use here, got {device!r}; try cpu") from error
+            raise ValueError(f"--device must be one that torch can use here, got {o.device!r}; try cpu") from error
+        source = MODEL if o.model == BUNDLED else o.model
+        pipe = load_pipeline(str(source), getattr(torch, o.dtype), what="--model")
+        if o.scheduler != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
+            # clipping is a default of these classes and wrong on latents
+            extra = {} if o.scheduler == "euler-a" else {"clip_sample": False}
+            pipe.scheduler = _SCHEDULERS[o.scheduler].from_config(pipe.scheduler.config, **extra)
+        return pipe.to(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _finish_point(self, pipe: Any, members: Any, k: int, bar: Bar) -> None:
-        from sdeblend.shell.figures import encoded
-
-        s = self.settings
-        preference = Preference(self.points[k], s["strength"])
-        correct = None if s["correct"] == "none" else s["correct"]
-        if s["mode"] != "mpa" and correct == "certify":
-            correct = None
-        seeds = [s["seed"] + i for i in range(s["images"])]
+    def _finish_point(self, pipe: Any, members: Members, k: int, bar: Bar) -> None:
+        o, preference = self.options, self.preferences[k]
+        correct = None if o.correct == "none" or (o.mode != "mpa" and o.correct == "certify") else o.correct
+        seeds = [o.seed + i for i in range(o.images)]
 
         def tick(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
             bar.update()
             return values
 
         call = {
-            "prompt": s["prompt"],
-            "negative_prompt": s["negative"],
-            "num_images_per_prompt": s["images"],
-            "num_inference_steps": s["steps"],
-            "guidance_scale": s["guidance"],
-            "eta": s["eta"],
-            "height": s["height"],
-            "width": s["width"],
+            "prompt": o.prompt,
+            "negative_prompt": o.negative,
+            "num_images_per_prompt": o.images,
+            "num_inference_steps": o.steps,
+            "guidance_scale": o.guidance,
+            "eta": o.eta,
+            "height": o.height,
+            "width": o.width,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "callback_on_step_end": tick,
         }
         known = inspect.signature(pipe.__call__).parameters
-        with blend(pipe, members, preference, mode=s["mode"], correct=correct, seed=s["seed"]) as knobs:
+        with blend(pipe, members, preference, mode=o.mode, correct=correct, seed=o.seed) as knobs:
             images = pipe(**{name: value for name, value in call.items() if name in known}).images
             result = _result(knobs)
         files = [f"point-{k:03d}-seed-{seed}.png" for seed in seeds]
@@ -143,18 +133,14 @@ class Run:
 
     def _sheet(self) -> Image.Image:
         """Return one row a point, labelled with its weights, one column a seed, under the settings they share."""
-        from sdeblend.shell.figures import contact_sheet
-
-        results = [self.record["results"][str(k)] for k in range(len(self.points))]
-        s = self.settings
+        o, results = self.options, [self.record["results"][str(k)] for k in range(len(self.preferences))]
         # resampled images descend from others: a column is then no seed
-        what = "image" if s["correct"] == "resample" else "seed"
+        what = "image" if o.correct == "resample" else "seed"
         return contact_sheet(
             [[Image.open(self.out / name) for name in result["files"]] for result in results],
-            rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.points],
+            rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.record["points"]],
             columns=[f"{what} {seed}" for seed in results[0]["seeds"]],
-            title=f"{s['prompt']}\nmode {s['mode']}, strength {s['strength']:g}, guidance {s['guidance']:g}",
-            zoom=1,
+            title=f"{o.prompt}\nmode {o.mode}, strength {o.strength:g}, guidance {o.guidance:g}",
         )
 
 

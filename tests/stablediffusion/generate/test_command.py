@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from sdeblend.shell import cli
-from stablediffusion.generate.command import main, sweep_points
+from stablediffusion.generate.command import main
+from stablediffusion.generate.options import sweep_points
 from stablediffusion.generate.run import Run
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 
@@ -199,7 +200,7 @@ def test_resampling_is_recorded(model, tmp_path):
         ({"steps": "x"}, "invalid int value"),
         ({"mode": "best"}, "invalid choice"),
         ({"strength": "nan"}, "finite number"),
-        ({"eta": "2"}, "within [0, 1]"),
+        ({"eta": "2"}, "from 0 to 1"),
         ({"seed": "-1"}, "--seed must be"),
         ({"mode": "ls", "strength": "3"}, "probabilities"),
         ({"mode": "ls", "correct": "resample"}, "mode='mpa'"),
@@ -224,6 +225,22 @@ def test_bad_input_is_one_sentence_and_exit_code_2(changes, message, model, tmp_
     assert code == 2
     assert len(told) == 1 and message in told[0]
     assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [({"weights": "a=.9,b=.9"}, 1), ({"weights": "a=.9,b=.9", "strength": "1.1"}, 0), ({"weights": "a=.9,b=.1"}, 0)],
+    ids=str,
+)
+def test_weights_beyond_one_are_told_in_one_line(changes, lines, model, tmp_path, capsys):
+    """What the base gets, and how to get weights that sum to one; a strength above 1 is meant."""
+    options = {"images": "1", "steps": "1", "sweep": "a=0:1:2"} | changes
+    assert cli.main(["generate", *arguments(model, tmp_path / "out", **options)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "coefficient" in line]
+    assert len(told) == lines
+    assert all(line.startswith("sdeblend generate: warning: ") and "-0.8" in line for line in told)
+    assert all("sum to one" in line for line in told)
 
 
 def test_a_sweep_keeps_the_sum_and_the_proportions():
