@@ -9,7 +9,7 @@
 
     [model]
     kind = "mixture"
-    problem = "ring8"               # of toy.problems; its rewards are those to choose from
+    problem = "ring8"               # of toy.problems; its rewards, or one's own, are chosen by name
     base = "network"                # or "exact"
     network = "ring8.safetensors"   # pre-trained weights; pre-trained and written there if there are none
     rank = 8
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from sdeblend.finetune.model import ModelSettings
 from sdeblend.finetune.state import safetensors_bytes
 from sdeblend.parametrisation import Parametrisation
-from sdeblend.reward import Condition, Reward
+from sdeblend.reward import Condition, Reward, find_reward
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from sdeblend.shell.files import write_atomically
 from sdeblend.shell.settings import OneOf
@@ -215,7 +215,7 @@ class MixtureSettings(ModelSettings):
     """The ``[model]`` table of a mixture.
 
     Attributes:
-        problem: of ``toy.problems``; its rewards are those to choose from.
+        problem: of ``toy.problems``; its rewards are those with a name.
         base: a pre-trained network, or the exact eps.
         network: file of pre-trained weights; pre-trained and written there if there are none.
         pretrain_steps: of the network.
@@ -241,9 +241,11 @@ class MixtureSettings(ModelSettings):
             ValueError: for a reward that does not exist, or weights of another network.
         """
         problem, schedule = PROBLEMS[self.problem](), SCHEDULES[self.schedule]()
-        for name in rewards:
-            if name not in problem.rewards:
-                raise ValueError(f"{file}: [rewards] {problem.name} has {', '.join(problem.names)}, got {name!r}")
+        known = {name: reward_of(reward, name) for name, reward in problem.rewards.items()}
+        try:
+            found = {name: find_reward(name, known) for name in rewards}
+        except ValueError as error:
+            raise ValueError(f"{file}: [rewards] {error}") from error
         network = None
         if self.base == "network":
             network = for_mixture(problem.base, schedule, seed=0, width=self.width)
@@ -254,4 +256,4 @@ class MixtureSettings(ModelSettings):
                 if self.network is not None:
                     save_network(network, self.network)
         model = MixtureTunable(problem.base, schedule, network, rank=self.rank, width=self.width, seed=seed)
-        return model, {name: reward_of(problem.rewards[name], name) for name in rewards}
+        return model, found

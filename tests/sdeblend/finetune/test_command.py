@@ -24,6 +24,8 @@ from sdeblend.finetune.trainer import Trainer, TrainerSettings
 from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.shell import cli, registry
 from sdeblend.shell.settings import describe
+from tests.support.finetune_models import Line, quadratic
+from tests.support.strategies import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
 FILE = """
@@ -170,6 +172,8 @@ def test_trainers_say_what_they_need(name: str) -> None:
     assert issubclass(trainer, Trainer) and issubclass(trainer.settings_class, TrainerSettings) and trainer.name == name
     assert all(key.description and key.default != "required" for key in describe(trainer.settings_class))
     assert trainer.settings_class(kl_weight=2).kl_weight == 2.0
+    other = TRAINERS["ddpo" if name != "ddpo" else "dpok"].settings_class()
+    refuses(lambda: trainer(Line(), quadratic(), other), name, trainer.settings_class.__name__, kind=TypeError)
 
 
 @pytest.mark.slow
