@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdeblend.shell.keys import ShowKeys, Tables
+
 
 def main(argv: Sequence[str]) -> int:
     """Run ``sdeblend finetune``.
@@ -41,6 +43,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _forms() -> Tables:
+    from sdeblend.finetune.config import forms
+
+    return forms()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdeblend finetune",
@@ -48,5 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A settings file is TOML with the tables [model], [rewards], [trainer] and [output].",
     )
     parser.add_argument("config", metavar="CONFIG.toml", type=Path, help="what to tune, for which rewards, how")
+    parser.add_argument("--keys", action=ShowKeys, tables=_forms)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     return parser

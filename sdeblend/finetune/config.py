@@ -142,6 +142,15 @@ def load_tuning(path: str | os.PathLike[str]) -> Tuning:
     )
 
 
+def forms() -> dict[str, type[Settings]]:
+    """Return what each table of a settings file may hold, by its heading; imports every backend that is installed."""
+    kinds = registry.offered(registry.TUNABLES)
+    found: dict[str, type[Settings]] = {f'[model], kind = "{kind}"': entry.load() for kind, entry in kinds.items()}
+    found |= {"[trainer]": RunSettings}
+    found |= {f'[trainer], name = "{name}"': trainer.settings_class for name, trainer in TRAINERS.items()}
+    return found | {"[output]": Output}
+
+
 def _taken(table: dict[str, Any], form: type[Settings]) -> dict[str, Any]:
     """Take the keys of a form out of a table."""
     return {key: table.pop(key) for key in list(table) if key in form.model_fields}

@@ -22,15 +22,18 @@ _GAP = 2
 _ENDLESS = 100_000
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None) -> str:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, width: int | None = None, split: bool = True
+) -> str:
     """Return a table as plain text: the first columns to the left, the others to the right.
 
     Args:
         header: names of the columns; none are shown if all are empty.
         rows: text; a short row has empty cells at its end.
         left: how many columns are text and not numbers.
-        width: characters that a line may have, None for as many as it needs. What does not fit is set below, with the
-            first column again; a single cell that is wider is folded.
+        width: characters that a line may have, None for as many as it needs. Columns that do not fit are set below,
+            with the first column again; a single cell that is wider is folded.
+        split: whether columns may be set below; if not, cells are folded.
 
     Returns:
         lines without a final newline.
@@ -42,7 +45,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
     blocks = [[0]]
     for column in range(1, count):
         taken = sum(widths[c] + _GAP for c in blocks[-1]) + widths[column]
-        if width is not None and taken > width and len(blocks[-1]) > 1:
+        if split and width is not None and taken > width and len(blocks[-1]) > 1:
             blocks.append([0])
         blocks[-1].append(column)
     return "\n\n".join(_block(lines, block, left, width) for block in blocks)

@@ -72,13 +72,18 @@ def draw_cells(each: int, steps: int, seed: int = 0) -> list[Cell]:
     ]
 
 
+def weights_of(cell: Cell) -> dict[str, float]:
+    """Return the weights by name."""
+    return dict(zip(cell.preference.names or (), cell.preference.coefficients().tolist()[1:], strict=True))
+
+
 def numbers(cell: Cell) -> dict[str, object]:
     """Return what was measured on a cell, as JSON can hold it."""
     (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
     nats, nats_error = (None, None) if cell.nats is None else mean_and_error(cell.nats)
     return {
         "method": cell.mode,
-        "weights": dict(zip(cell.preference.names, cell.preference.coefficients().tolist()[1:], strict=True)),
+        "weights": weights_of(cell),
         "images": len(cell.images),
         "jpeg_kb": -saved,
         "jpeg_kb_error": size_error,
@@ -123,7 +128,7 @@ def sheet(cells: Sequence[Cell], each: int) -> bytes:
 
 def rows(cells: Sequence[Cell]) -> list[list[str]]:
     """Return the numbers as rows of a table."""
-    weights = (", ".join(f"{name} {float(w):g}" for name, w in cell.preference.weights.items()) for cell in cells)
+    weights = (", ".join(f"{name} {w:g}" for name, w in weights_of(cell).items()) for cell in cells)
     return [[NAMES[cell.mode], told, *measured(cell)] for cell, told in zip(cells, weights, strict=True)]
 
 
