@@ -1,16 +1,16 @@
-"""Rewards: one type for mixtures and images, for trainers and for methods of sampling, found by name in one way.
+"""Rewards: one type for mixtures and images, found by name in one way.
 
 A reward takes clean samples (points, images) and what they are conditioned on, one row a sample, and gives one number
-a sample. A method that samples calls it with states alone, ``reward(x)``: decoder and condition are then part of it
-(``Reward.condition``). Several are combined as r = sum_i w_i r_i, which is what a model tuned for one preference is
-tuned for.
+a sample. What a method of sampling calls is a function of states alone (``sdeblend.methods.case.StateReward``), in
+which decoder and condition are bound. Several rewards are combined as r = sum_i w_i r_i, which is what a model tuned
+for one preference is tuned for.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,22 +44,16 @@ class Reward:
         function: (samples (B, ...), condition) -> (B,).
         differentiable: whether gradients reach the samples.
         unit: of its values.
-        condition: of the rows that it is bound to; None if it is given with the samples, or not read.
     """
 
     name: str
     function: RewardFunction
     differentiable: bool = True
     unit: str = ""
-    condition: Condition | None = None
 
     def __call__(self, samples: Tensor, condition: Condition | None = None, /) -> Tensor:
-        """Return the rewards, (B,), by default under the condition that it is bound to."""
-        return self.function(samples, self.condition if condition is None else condition)
-
-    def rows(self, index: Tensor) -> Reward:
-        """Return the reward for the batch rows ``index``, long (N,), only: itself unless it is bound to a batch."""
-        return self if self.condition is None else replace(self, condition=self.condition.rows(index))
+        """Return the rewards, (B,)."""
+        return self.function(samples, condition)
 
 
 # Name -> reward, or what makes it of options of its own when it is asked for.

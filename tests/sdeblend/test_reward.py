@@ -1,4 +1,4 @@
-"""Rewards: what they are bound to, how they are found, what is refused."""
+"""Rewards: how they are found, how they are weighed, what is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ class Words:
     def __init__(self, *prompts):
         self.prompts = prompts
 
-    def rows(self, index):
-        return Words(*(self.prompts[i] for i in index.tolist()))
-
 
 def lengths(samples, condition):
     return torch.tensor([float(len(prompt)) for prompt in condition.prompts])
@@ -22,15 +19,6 @@ def lengths(samples, condition):
 
 LENGTH = Reward("length", lengths, differentiable=False, unit="letters")
 X = torch.zeros(3, 2)
-
-
-def test_a_reward_is_bound_to_a_condition_and_cut_with_it():
-    bound = Reward("length", lengths, condition=Words("a", "bcd", "ef"))
-    assert bound(X).tolist() == [1, 3, 2]
-    assert bound.rows(torch.tensor([2, 2, 0]))(X).tolist() == [2, 2, 1]
-    # What is given goes before what it is bound to.
-    assert bound(X, Words("abcd", "", "a")).tolist() == [4, 0, 1]
-    assert LENGTH.rows(torch.tensor([0])) is LENGTH
 
 
 def test_rewards_are_found_by_name():
