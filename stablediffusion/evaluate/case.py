@@ -7,16 +7,14 @@ told and kept. Networks get at most ``batch`` rows at once.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from sdeblend.blend import Blend
@@ -25,60 +23,68 @@ from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
 from sdeblend.methods.draws import Draws
 from sdeblend.methods.interpolation import PAIR
 from sdeblend.preference import Preference
+from sdeblend.reward import Reward
 from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
 from sdeblend.shell.files import write_atomically
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
 from stablediffusion.blending.latents import PipelineScore, SoupScore, pipeline_score
+from stablediffusion.evaluate.settings import MemberSet, PipelineSettings
+from stablediffusion.evaluate.target import Target, target_of
 from stablediffusion.pipelines.inputs import images_of
 from stablediffusion.pipelines.schedulers import scheduler_grid
 from stablediffusion.rewards.scoring import Prompts, score_each
-from stablediffusion.scenes.captions import parse
-from stablediffusion.small.candidates import SCORED, draw_candidates
 
-if TYPE_CHECKING:
-    from stablediffusion.evaluate.backend import PipelineBackend
-
-# Sets of exact samples, for what distances they have.
-FLOORS: Final = 32
 _SOUPS = {"soup-deltas": "soup", "soup-factors": "soup-factors"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the cases of a backend share.
+
+    Attributes:
+        pipe: the pipeline.
+        members: of every set.
+        rewards: every reward that is weighed, reported or differentiated, by name.
+        settings: of the backend.
+        device: where to compute.
+    """
+
+    pipe: Any
+    members: Members
+    rewards: Mapping[str, Reward]
+    settings: PipelineSettings
+    device: torch.device
 
 
 class PipelineCase(MeasuredCase):
     """One set of members, guidance and prompt.
 
     Args:
-        backend: pipeline, rewards and settings.
-        members: all that are loaded.
+        loaded: pipeline, members, rewards and settings.
         roles: "member:name", "tuned:place", "pair:a+b", "half:name" -> name among the members.
-        chosen: the set's table.
+        chosen: the set of members.
         prompt: what is drawn.
         guidance: g.
     """
 
     def __init__(
-        self,
-        backend: PipelineBackend,
-        members: Members,
-        roles: Mapping[str, str],
-        chosen: Mapping[str, Any],
-        prompt: str,
-        guidance: float,
+        self, loaded: Loaded, roles: Mapping[str, str], chosen: MemberSet, prompt: str, guidance: float
     ) -> None:
-        self.backend, self.members, self.roles, self.chosen = backend, members, roles, chosen
-        self.prompt, self.guidance = prompt, guidance
-        settings = backend.settings
-        self.names = tuple(chosen["members"])
-        weights = {members[roles[f"member:{name}"]].kl_weight for name in self.names}
+        self.loaded, self.roles, self.chosen = loaded, roles, chosen
+        self.members, self.settings = loaded.members, loaded.settings
+        self.prompt, self.guidance, self.names = prompt, guidance, chosen.names
+        weights = {self.members[roles[f"member:{name}"]].kl_weight for name in self.names}
         self.kl_weight = weights.pop() if len(weights) == 1 else None
+        # Rows of states that a network takes at once.
+        self.most = self.settings.batch // (1 if guidance == 1 else 2)
         base = self._stack(1, [])
-        self.schedule, self.step = base.schedule, Ancestral(settings["eta"])
-        self.grid = scheduler_grid(backend.pipe, settings["steps"])
+        self.schedule, self.step = base.schedule, Ancestral(self.settings.eta)
+        self.grid = scheduler_grid(loaded.pipe, self.settings.steps)
         # DDIM leaves the noise of its first trained time in the sample; rewards and potentials are of clean ones.
         self.grid[-1] = 0.0
-        self.like = torch.zeros(base.shape[1:], device=backend.device)
+        self.like = torch.zeros(base.shape[1:], device=loaded.device)
         self.size = base.size
-
         self._asked = 0
         self._seen: tuple[Tensor, Tensor] | None = None
         self._based: tuple[Draws, Tensor] | None = None
@@ -98,7 +104,7 @@ class PipelineCase(MeasuredCase):
             named = {self.roles[f"member:{name}"]: w for name, w in self.weights(preference).items()}
             own = Preference(named, preference.strength)
             soup = SoupScore(self._stack(batch, []), self.members, own, _SOUPS[role])
-            return _Cut(soup, self.backend.settings["batch"] // self._branches, batch)
+            return _Cut(soup, self.most, batch)
         tuned = self._tuned(preference)
         return None if tuned is None else Blend(self._cut(self._stack(batch, [tuned])), [0.0, 1.0])
 
@@ -117,8 +123,8 @@ class PipelineCase(MeasuredCase):
         return self._cut(self._stack(batch, list(own.values()))), ("base", *own)
 
     def rewards(self, samples: Tensor) -> dict[str, Tensor]:
-        values = self.scored((*self.names, *self.backend.settings["report"]), self._images(samples))
-        return {name: value / self._scale(name) for name, value in values.items()}
+        values = self.scored((*self.names, *self.settings.report), self._images(samples))
+        return {name: value / self.scale(name) for name, value in values.items()}
 
     def scored(
         self, names: Sequence[str], images: Tensor, *, way: str = "", differentiate: bool = False
@@ -136,66 +142,40 @@ class PipelineCase(MeasuredCase):
             self._asked += 1
             stem = f"{stem}-{self._asked}"
         values, failures = score_each(
-            {name: self.backend.rewards[name] for name in names}, images, Prompts((self.prompt,) * len(images)),
+            {name: self.loaded.rewards[name] for name in names}, images, Prompts((self.prompt,) * len(images)),
             keep=None if folder is None else folder / "failed", stem=stem, differentiate=differentiate,
         )  # fmt: skip
         self.failures = [*self.failures, *(way + failure for failure in failures)]
         return values
 
     def reward(self, name: str) -> StateReward:
-        return _ImageScore(self, name, self._scale(name))
+        return _ImageScore(self, name, self.scale(name))
 
     def differentiable(self, name: str) -> StateReward | None:
-        stand_in = self.backend.settings["gradients"].get(name, name)
-        found = self.backend.rewards[stand_in].differentiable
-        return _ImageScore(self, stand_in, self._scale(name), differentiate=True) if found else None
+        stand_in = self.settings.gradients.get(name, name)
+        found = self.loaded.rewards[stand_in].differentiable
+        return _ImageScore(self, stand_in, self.scale(name), differentiate=True) if found else None
 
     def measure(self, drawn: Drawn, preference: Preference) -> dict[str, Distance]:
-        found_law = self._law(preference)
-        if found_law is None:
+        if self.target is None:
             return {}
-        exact, law = found_law
-        shares = self.shares(preference)
-        chosen = {name: self.backend.rewards[name] for name in self.names}
+        chosen = {name: self.loaded.rewards[name] for name in self.names}
         values, _ = score_each(chosen, self._images(drawn.samples), Prompts((self.prompt,) * len(drawn.samples)))
-        parts = [w / self._scale(name) * values[name].double() for name, w in shares.items()]
+        shares = self.shares(preference)
+        parts = [share / self.scale(name) * values[name].double() for name, share in shares.items()]
         found = torch.stack(parts).sum(0).cpu().numpy()
-        if not np.isfinite(found).all():
-            return {"W1 of r(w)": Distance(float("nan"))}
-        weights = None if drawn.log_weights is None else drawn.log_weights.double().softmax(0).cpu().numpy()
-        rng, count = np.random.default_rng(0), drawn.effective
-        floors = [wasserstein_distance(rng.choice(exact, count, p=law), exact, None, law) for _ in range(FLOORS)]
-        distance = wasserstein_distance(found, exact, weights, law)
-        return {"W1 of r(w)": Distance(float(distance), float(np.mean(floors)), float(np.std(floors, ddof=1)))}
+        return {"W1 of r(w)": self.target.distance(found, shares, drawn.log_weights, drawn.effective)}
 
     def expected(self, preference: Preference) -> dict[str, float]:
-        found = self._law(preference)
-        if found is None or self._target is None:
-            return {}
-        return {name: float(found[1] @ r.numpy()) / self._scale(name) for name, r in self._target.items()}
-
-    def _law(self, preference: Preference) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return lambda r(w) of drawings, (J,), and their probabilities under the exact target, if it is known."""
-        if self._target is None or self.kl_weight is None:
-            return None
-        parts = [w / self._scale(name) * self._target[name] for name, w in self.shares(preference).items()]
-        exact = torch.stack(parts).sum(0)
-        return exact.numpy(), (exact / self.kl_weight).softmax(0).numpy()
+        return {} if self.target is None else self.target.means(self.shares(preference))
 
     @cached_property
-    def _target(self) -> dict[str, Tensor] | None:
-        """The members' rewards of drawings of the caption, float64 (J,); None for what is no caption."""
-        count = self.backend.settings["candidates"]
-        if self.backend.settings["path"] or not count or not set(self.names) <= set(SCORED):
+    def target(self) -> Target | None:
+        """The exact target, where it is known."""
+        count = self.settings.candidates
+        if self.settings.path or not count:
             return None
-        try:
-            parse(self.prompt)
-        except ValueError:
-            return None
-        seed = int.from_bytes(hashlib.sha256(self.prompt.encode()).digest()[:4], "little")
-        generator = torch.Generator().manual_seed(seed)
-        found = draw_candidates(self.backend.pipe, [self.prompt], count=count, generator=generator)
-        return {name: found.rewards[name][0].double() for name in self.names}
+        return target_of(self.loaded.pipe, self.prompt, self.names, self.scale, self.kl_weight, count)
 
     def describe(self, drawn: Drawn, draws: Draws) -> dict[str, float]:
         images, base = self._images(drawn.samples), self._base_images(draws)
@@ -215,39 +195,34 @@ class PipelineCase(MeasuredCase):
         places = [(i % columns * width, i // columns * height) for i in range(len(images))]
         return {"image": [{"file": name, "box": [x, y, x + width, y + height]} for x, y in places]}
 
-    @property
-    def _branches(self) -> int:
-        return 1 if self.guidance == 1 else 2
-
     def _stack(self, batch: int, roles: Sequence[str]) -> PipelineScore:
-        settings = self.backend.settings
         return pipeline_score(
-            self.backend.pipe,
+            self.loaded.pipe,
             self.prompt,
             members=self.members.chosen([self.roles[role] for role in roles]),
             guidance_scale=self.guidance,
-            negative_prompt=settings["negative"],
+            negative_prompt=self.settings.negative,
             images=batch,
-            height=settings["height"],
-            width=settings["width"],
+            height=self.settings.height,
+            width=self.settings.width,
         )
 
     def _cut(self, stack: PipelineScore) -> ScoreStack:
-        return _CutStack(stack, self.backend.settings["batch"] // self._branches, stack.shape[0])
+        return _CutStack(stack, self.most, stack.shape[0])
 
     def _tuned(self, preference: Preference) -> str | None:
         """Return the role of the member that was tuned for these weights at this strength."""
         weights = torch.tensor(list(self.weights(preference).values())) * preference.strength
-        for place, entry in enumerate(self.chosen["tuned"]):
-            if bool((weights - torch.tensor(entry["weights"])).abs().max() < 1e-6):
+        for place, entry in enumerate(self.chosen.tuned):
+            if bool((weights - torch.tensor(entry.weights)).abs().max() < 1e-6):
                 return f"tuned:{place}"
         alone = [name for name, w in zip(self.names, weights.tolist(), strict=True) if abs(w - 1) < 1e-6]
         return f"member:{alone[0]}" if len(alone) == 1 and abs(float(weights.abs().sum()) - 1) < 1e-6 else None
 
-    def _scale(self, name: str) -> float:
-        given = self.backend.settings["scales"].get(name)
-        if given is not None:
-            return float(given)
+    def scale(self, name: str) -> float:
+        """Return what a reward is divided by."""
+        if name in self.settings.scales:
+            return self.settings.scales[name]
         role = f"member:{name}"
         return float(self.members[self.roles[role]].scales.get(name, 1.0)) if role in self.roles else 1.0
 
@@ -266,7 +241,7 @@ class PipelineCase(MeasuredCase):
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the images of clean latents (B, *event), (B, 3, H, W) in [0, 1], differentiable."""
-        parts = [images_of(self.backend.pipe, part, self.size) for part in x.split(self.backend.settings["batch"])]
+        parts = [images_of(self.loaded.pipe, part, self.size) for part in x.split(self.settings.batch)]
         return torch.cat(parts).to(x.dtype)
 
 

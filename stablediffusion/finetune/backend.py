@@ -1,10 +1,5 @@
 """The backend of ``sdeblend finetune`` for diffusers pipelines: a ``[model]`` table in, model and rewards out.
 
-``kind = "pipeline"``; ``path`` is a folder or hub id, and ``prompts`` a file with one a line, or a list. Without a path
-it is the bundled model, and then prompts may be left out too: they are captions as it was trained on, never those held
-out for its evaluation. ``rewards`` is a table of the learned rewards' models, see ``stablediffusion.rewards``. The
-other keys are the arguments of ``PipelineTunable``.
-
 Where the file says nothing, trainers have other defaults than on mixtures (``trainer_defaults``):
 
     groups = 8, group_size = 16     prompts an iteration, images a prompt
@@ -22,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -31,11 +26,10 @@ from sdeblend.finetune.model import ModelSettings, Tunable
 from sdeblend.reward import Reward
 from stablediffusion.finetune.tunable import Layers, PipelineTunable
 from stablediffusion.pipelines.loading import load_pipeline
-from stablediffusion.rewards.scoring import image_rewards
+from stablediffusion.rewards.registry import Precision, WeightsByName, image_rewards
 from stablediffusion.scenes.captions import training_captions
 from stablediffusion.small.files import MODEL
 
-_Precision = Literal["float32", "bfloat16", "float16"]
 _DEFAULTS: Mapping[str, object] = {"groups": 8, "group_size": 16, "batch": 512, "value_batch": 512, "buffer": 6400}
 _LARGE: Mapping[str, object] = {"learning_rate": 1e-4, "recompute": True}
 
@@ -45,14 +39,15 @@ class PipelineSettings(ModelSettings):
 
     Attributes:
         path: folder or hub id; the bundled model if left out.
-        prompts: a file with one a line, or a list; captions as the bundled model was trained on if left out.
-        rewards: the learned rewards' models, see ``stablediffusion.rewards.scoring``.
+        prompts: a file with one a line, or a list; for the bundled model, if left out, captions as it was trained on,
+            never those held out for its evaluation.
+        rewards: where learned rewards have their weights, see ``stablediffusion.rewards.registry``.
         dtype: of the networks.
     """
 
     path: str | None = None
     prompts: str | tuple[str, ...] | None = None
-    rewards: dict[str, Any] = Field(default_factory=dict)
+    rewards: WeightsByName = Field(default_factory=dict)
     rank: int = 4
     alpha: float | None = None
     layers: tuple[Layers, ...] = ("attention",)
@@ -65,8 +60,8 @@ class PipelineSettings(ModelSettings):
     batch: int = 16
     graded_batch: int | None = None
     decode_batch: int = 8
-    dtype: _Precision = "float32"
-    save_dtype: _Precision = "float32"
+    dtype: Precision = "float32"
+    save_dtype: Precision = "float32"
 
     @model_validator(mode="after")
     def _with_prompts(self) -> Self:
@@ -82,10 +77,7 @@ class PipelineSettings(ModelSettings):
         Raises:
             ValueError: a pipeline that cannot be read or tuned, an unknown reward.
         """
-        found = {
-            name: Reward(name, reward.function, reward.differentiable, reward.unit)
-            for name, reward in image_rewards(rewards, self.rewards, file=file, device=device).items()
-        }
+        found = image_rewards(rewards, self.rewards, file=file, device=device)
         pipe = load_pipeline(self.path or str(MODEL), getattr(torch, self.dtype), what=f"{file}: [model] path")
         arguments = dict(self) | {"save_dtype": getattr(torch, self.save_dtype)}
         for key in ("path", "prompts", "rewards", "dtype"):

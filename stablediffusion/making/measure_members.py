@@ -23,7 +23,7 @@ from sdeblend.shell.console import markdown, track
 from sdeblend.shell.files import write_atomically
 from stablediffusion.adapters.members import load_members
 from stablediffusion.making.recipes import recipe_of
-from stablediffusion.rewards import REWARDS
+from stablediffusion.rewards.formulas import FORMULAS
 from stablediffusion.scenes.captions import different_captions, parse
 from stablediffusion.scenes.scorer import accuracies
 from stablediffusion.small import load_small
@@ -86,7 +86,7 @@ def _cell(pipe: Any, name: str | None, prompts: Sequence[str], guidance: float) 
     try:
         return draw_cell(
             pipe, members, Preference({member: 1.0 if name else 0.0}), prompts=prompts, each=EACH, steps=STEPS,
-            guidance=guidance, rewards={reward: REWARDS[reward] for reward in SCORED},
+            guidance=guidance, rewards={reward: FORMULAS[reward] for reward in SCORED},
         )  # fmt: skip
     finally:
         members.remove()

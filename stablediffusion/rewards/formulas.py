@@ -1,6 +1,4 @@
-"""Rewards of images: file size, colourfulness, the bundled model's scorer, and any function of the user's own.
-
-Those that are learned (CLIPScore, PickScore, ...) are in ``stablediffusion.rewards.learned``.
+"""Rewards of images that need no weights from elsewhere: file size, colourfulness, the bundled model's scorer.
 
 A reward takes images (B, 3, H, W) in [0, 1] and the condition (its ``prompts``, one a row) and gives one number an
 image, (B,). Compressibility is minus the size of the image as JPEG. Colourfulness of the opponent channels
@@ -25,18 +23,16 @@ Source: Black et al. 2305.13301 (compressibility); Hasler and Süsstrunk 2003, e
 from __future__ import annotations
 
 import functools
-import importlib
 import io
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sdeblend.reward import Condition, Reward
 from stablediffusion.scenes.captions import parse
 from stablediffusion.scenes.scorer import all_right, log_prob
 
@@ -44,27 +40,6 @@ QUALITY = 95
 _EPSILON = 1e-8
 # kB of header and empty blocks of 32 x 32 pixels, and for each estimated bit of luma and of chroma.
 _JPEG_KB = (0.6158, 0.000289, 0.000229)
-
-
-@dataclass(frozen=True)
-class ImageReward:
-    """A reward of images with what is known of it.
-
-    Attributes:
-        name: as the settings name it.
-        function: (images (B, 3, H, W) in [0, 1], condition) -> (B,).
-        differentiable: whether gradients reach the images.
-        unit: of its values.
-    """
-
-    name: str
-    function: Callable[[Tensor, Any], Tensor]
-    differentiable: bool
-    unit: str
-
-    def __call__(self, images: Tensor, condition: Any) -> Tensor:
-        """Return the rewards, (B,)."""
-        return self.function(images, condition)
 
 
 def jpeg_size(images: Tensor, quality: int = QUALITY) -> Tensor:
@@ -142,60 +117,35 @@ def _bytes(pixels: np.ndarray, quality: int) -> int:
     return stream.tell()
 
 
-def _alignment(images: Tensor, condition: Any) -> Tensor:
-    # an empty prompt asks for nothing
-    asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
+def _alignment(images: Tensor, condition: Condition) -> Tensor:
+    asked, prompts = _asked(condition)
     values = images.new_zeros(len(images))
     if asked:
-        values[asked] = log_prob(images[asked], [condition.prompts[i] for i in asked]).to(images.dtype)
+        values[asked] = log_prob(images[asked], prompts).to(images.dtype)
     return values
 
 
-def _correctness(images: Tensor, condition: Any) -> Tensor:
-    asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
+def _correctness(images: Tensor, condition: Condition) -> Tensor:
+    asked, prompts = _asked(condition)
     values = images.new_ones(len(images))
     if asked:
-        right = all_right(2 * images[asked].detach() - 1, [parse(condition.prompts[i]) for i in asked])
-        values[asked] = right.to(images)
+        values[asked] = all_right(2 * images[asked].detach() - 1, [parse(prompt) for prompt in prompts]).to(images)
     return values
 
 
-REWARDS: Mapping[str, ImageReward] = {
-    "compress": ImageReward("compress", lambda images, _: -jpeg_size(images), False, "kB of JPEG saved"),
-    "compress-smooth": ImageReward(
+def _asked(condition: Condition) -> tuple[list[int], list[str]]:
+    """Return the rows and prompts of what is asked for; an empty prompt asks for nothing."""
+    asked = [i for i, prompt in enumerate(condition.prompts) if prompt]
+    return asked, [condition.prompts[i] for i in asked]
+
+
+FORMULAS: Mapping[str, Reward] = {
+    "compress": Reward("compress", lambda images, _: -jpeg_size(images), False, "kB of JPEG saved"),
+    "compress-smooth": Reward(
         "compress-smooth", lambda images, _: -jpeg_estimate(images), True, "kB of JPEG saved, estimated"
     ),
-    "incompress": ImageReward("incompress", lambda images, _: jpeg_size(images), False, "kB of JPEG"),
-    "vivid": ImageReward("vivid", lambda images, _: colourfulness(images), True, "colourfulness, pixels in [0, 1]"),
-    "align": ImageReward("align", _alignment, True, "nats, of the bundled model's captions"),
-    "correct": ImageReward("correct", _correctness, False, "1 if all a caption of the bundled model says is seen"),
+    "incompress": Reward("incompress", lambda images, _: jpeg_size(images), False, "kB of JPEG"),
+    "vivid": Reward("vivid", lambda images, _: colourfulness(images), True, "colourfulness, pixels in [0, 1]"),
+    "align": Reward("align", _alignment, True, "nats, of the bundled model's captions"),
+    "correct": Reward("correct", _correctness, False, "1 if all a caption of the bundled model says is seen"),
 }
-
-
-def find_reward(name: str) -> ImageReward:
-    """Return a reward by its name, or a user's own by ``"package.module:function"``.
-
-    A function of one's own takes (images, condition) and is taken to be differentiable unless it has an attribute
-    ``differentiable`` that is False.
-
-    Raises:
-        ValueError: for a name that is neither, naming what exists.
-    """
-    if name in REWARDS:
-        return REWARDS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        known = ", ".join(REWARDS)
-        raise ValueError(f"a reward must be one of {known} or 'package.module:function', got {name!r}; correct it")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"a reward of your own must be an importable 'package.module:function', got {name!r} ({error}); check that "
-            "Python finds the module"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"a reward must be a function of (images, condition), got {type(function).__name__}: {name!r}")
-    if isinstance(function, ImageReward):
-        return function
-    return ImageReward(name, function, bool(getattr(function, "differentiable", True)), "its own")

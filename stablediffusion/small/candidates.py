@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablediffusion.rewards.formulas import REWARDS
+from stablediffusion.rewards.formulas import FORMULAS
 from stablediffusion.rewards.scoring import Prompts
 from stablediffusion.scenes.captions import Scene, complete, held_out, parse
 from stablediffusion.scenes.drawing import draw
@@ -86,7 +86,7 @@ def draw_candidates(
     """
 
     def latents(text: str) -> Tensor:
-        drawn = draw(scenes_of(text, count, generator), generator)
+        drawn = draw(scenes_of(text, count, generator), generator).to(pipe.vae.device, pipe.vae.dtype)
         encoded: Tensor = pipe.vae.encode(drawn).latent_dist.sample(generator=generator)
         return encoded * pipe.vae.config.scaling_factor
 
@@ -98,7 +98,8 @@ def scored(pipe: Any, captions: Sequence[str], latents: Iterable[Tensor]) -> Can
     """Return captions and the latents of their candidates, an iterable of (J, *event), with their rewards."""
     kept, rewards, scale = [], [], pipe.vae.config.scaling_factor
     for text, found in zip(captions, latents, strict=True):
-        kept.append(found.half())
-        seen = (pipe.vae.decode(kept[-1].float() / scale).sample / 2 + 0.5).clamp(0, 1)
-        rewards.append(torch.stack([REWARDS[name](seen, Prompts((text,) * len(seen))) for name in SCORED]))
+        kept.append(found.half().cpu())
+        seen = pipe.vae.decode(kept[-1].to(pipe.vae.device, pipe.vae.dtype) / scale).sample.float()
+        seen, asked = (seen / 2 + 0.5).clamp(0, 1), Prompts((text,) * len(seen))
+        rewards.append(torch.stack([FORMULAS[name](seen, asked).cpu() for name in SCORED]))
     return Candidates(list(captions), torch.stack(kept), dict(zip(SCORED, torch.stack(rewards, 1), strict=True)))

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Preference
+from sdeblend.reward import Reward
 from stablediffusion.adapters.members import Members
 from stablediffusion.blending.attach import blend
 from stablediffusion.blending.engine import Mode
-from stablediffusion.rewards import REWARDS, ImageReward
+from stablediffusion.rewards.formulas import FORMULAS
+from stablediffusion.rewards.scoring import Prompts
 from stablediffusion.small.files import GUIDANCE
 
 PROMPTS = (
@@ -69,7 +71,7 @@ def draw_cell(
     steps: int = 50,
     seed: int = 0,
     guidance: float = GUIDANCE,
-    rewards: Mapping[str, ImageReward] | None = None,
+    rewards: Mapping[str, Reward] | None = None,
 ) -> Cell:
     """Draw ``each`` images a prompt, DDIM with eta 1, and score them.
 
@@ -85,7 +87,7 @@ def draw_cell(
         guidance: guidance scale.
         rewards: by name; JPEG size saved and colourfulness by default.
     """
-    scored = {name: REWARDS[name] for name in ("compress", "vivid")} if rewards is None else rewards
+    scored = {name: FORMULAS[name] for name in ("compress", "vivid")} if rewards is None else rewards
     generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts) * each)]
     correct = "certify" if mode == "mpa" else None
     with blend(pipe, members, preference, mode=mode, correct=correct) as knobs:  # type: ignore[arg-type]
@@ -100,11 +102,6 @@ def draw_cell(
         ).images
         nats, evaluations = knobs.nats, knobs.evaluations
     images = images.float().cpu()
-    condition = _Prompts(tuple(prompt for prompt in prompts for _ in range(each)))
+    condition = Prompts(tuple(prompt for prompt in prompts for _ in range(each)))
     values = {name: reward(images, condition) for name, reward in scored.items()}
     return Cell(mode, preference, images, values, nats, evaluations * (1 if guidance == 1 else 2) / len(images))
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    prompts: tuple[str, ...]

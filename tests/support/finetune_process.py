@@ -54,11 +54,11 @@ def mixture() -> tuple[Any, WeightedReward]:
 def pipeline() -> tuple[Any, WeightedReward]:
     """Return a tiny random Stable Diffusion 1.5 with a LoRA, and a reward of its images."""
     from stablediffusion.finetune.tunable import PipelineTunable
-    from stablediffusion.rewards import find_reward
+    from stablediffusion.rewards import image_reward
     from stablediffusion.testing import tiny_pipeline
 
     model = PipelineTunable(tiny_pipeline("sd15", seed=1), tuple(PROMPTS), height=16, width=16)
-    return model, WeightedReward({"vivid": find_reward("vivid")})
+    return model, WeightedReward({"vivid": image_reward("vivid")})
 
 
 def main() -> None:

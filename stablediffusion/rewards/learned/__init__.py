@@ -26,84 +26,90 @@ above); VILA, its aesthetic score, exists for TensorFlow alone, and ``aesthetic`
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from stablediffusion.rewards.formulas import ImageReward
+from sdeblend.reward import Reward
+from stablediffusion.rewards.learned.base import Scorer
+from stablediffusion.rewards.learned.blip import FILE, load_blip
+from stablediffusion.rewards.learned.clip import load_aesthetic, load_similarity
+from stablediffusion.rewards.learned.files import WEIGHTS, Model, fetch
+
+BATCH = 16
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a learned reward comes from.
+class Learned:
+    """A learned reward, loaded when called.
 
     Attributes:
-        module: of this package.
-        loader: its function.
+        name: of the reward.
+        load: reads its weights.
         model: hub id of the weights, None where there are none in safetensors.
         unit: of the values.
         needs: what a folder must hold, where there is no hub id.
+        files: patterns of the files of weights.
     """
 
-    module: str
-    loader: str
+    name: str
+    load: Callable[[Model], Scorer]
     model: str | None
     unit: str
     needs: str = ""
+    files: tuple[str, ...] = WEIGHTS
+
+    def __call__(
+        self,
+        model: str | None = None,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch: int = BATCH,
+    ) -> Reward:
+        """Load the reward.
+
+        Args:
+            model: folder or hub id of its weights; its own default if left out.
+            revision: branch, tag or commit on the hub.
+            device: where to compute.
+            dtype: of the weights; the head and all cosines are float32.
+            batch: images at a time.
+
+        Raises:
+            ValueError: no weights, or those of another model.
+        """
+        if not dtype.is_floating_point:
+            raise ValueError(f"reward {self.name!r} needs a dtype of floating point, got {dtype}; give torch.float32")
+        found = model or self.model
+        if found is None:
+            raise ValueError(
+                f"reward {self.name!r} needs a model, published as a pickle, which is never read: give a folder with "
+                f"{self.needs} (see stablediffusion.rewards.learned)"
+            )
+        folder = fetch(self.name, found, revision, weights=self.files)
+        scorer = self.load(Model(self.name, folder, torch.device(device), dtype, batch))
+        return Reward(self.name, scorer, True, self.unit)
 
 
-SCORERS: Mapping[str, Source] = {
-    "clipscore": Source("clip", "load_similarity", "openai/clip-vit-large-patch14", "100 cos(image, prompt)"),
-    "pickscore": Source("clip", "load_similarity", "yuvalkirstain/PickScore_v1", "logits of preference"),
-    "aesthetic": Source(
-        "clip", "load_aesthetic", "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
-        "aesthetic rating, about 1 to 10",
-    ),
-    "hpsv2": Source(
-        "clip", "load_similarity", None, "cos(image, prompt)",
-        "model.safetensors, made once from HPS_v2.1_compressed.pt",
-    ),
-    "imagereward": Source(
-        "blip", "load_blip", None, "standard deviations of people's ratings",
-        "ImageReward.safetensors, made once from ImageReward.pt",
-    ),
+LEARNED: Mapping[str, Learned] = {
+    reward.name: reward
+    for reward in (
+        Learned("clipscore", load_similarity, "openai/clip-vit-large-patch14", "100 cos(image, prompt)"),
+        Learned("pickscore", load_similarity, "yuvalkirstain/PickScore_v1", "logits of preference"),
+        Learned(
+            "aesthetic", load_aesthetic, "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
+            "aesthetic rating, about 1 to 10",
+        ),
+        Learned(
+            "hpsv2", load_similarity, None, "cos(image, prompt)",
+            "model.safetensors, made once from HPS_v2.1_compressed.pt",
+        ),
+        Learned(
+            "imagereward", load_blip, None, "standard deviations of people's ratings",
+            "ImageReward.safetensors, made once from ImageReward.pt", (FILE,),
+        ),
+    )
 }  # fmt: skip
-
-
-def load_scorer(
-    name: str,
-    model: str | None = None,
-    *,
-    revision: str | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    batch: int = 16,
-) -> ImageReward:
-    """Load a learned reward.
-
-    Args:
-        name: one of ``SCORERS``.
-        model: folder or hub id of its weights; its own default if left out.
-        revision: branch, tag or commit on the hub.
-        device: where to compute.
-        dtype: of the weights; the head and all cosines are float32.
-        batch: images at a time.
-
-    Raises:
-        ValueError: an unknown name, no weights, or those of another model.
-    """
-    if name not in SCORERS:
-        raise ValueError(f"a learned reward must be one of {', '.join(SCORERS)}, got {name!r}; correct it")
-    source = SCORERS[name]
-    if not dtype.is_floating_point:
-        raise ValueError(f"reward {name!r} needs a dtype of floating point, got {dtype}; give torch.float32")
-    if model is None and source.model is None:
-        raise ValueError(
-            f"reward {name!r} needs a model, published as a pickle, which is never read: give a folder with "
-            f"{source.needs} (see stablediffusion.rewards.learned)"
-        )
-    load = getattr(importlib.import_module(f"stablediffusion.rewards.learned.{source.module}"), source.loader)
-    scorer = load(name, model or source.model, revision, device=torch.device(device), dtype=dtype, batch=batch)
-    return ImageReward(name, scorer, True, source.unit)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stablediffusion.rewards.learned.files import Model
 from stablediffusion.rewards.learned.pixels import Pixels
 
 
@@ -17,8 +18,7 @@ class Scorer(ABC):
 
     Args:
         pixels: what is done to the images first.
-        device: where the networks are.
-        batch: images at a time.
+        model: what is loaded.
 
     Raises:
         ValueError: for a batch below 1.
@@ -26,10 +26,10 @@ class Scorer(ABC):
 
     reads_prompts = True
 
-    def __init__(self, pixels: Pixels, device: torch.device, batch: int) -> None:
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        self.pixels, self.device, self.batch = pixels, device, batch
+    def __init__(self, pixels: Pixels, model: Model) -> None:
+        if model.batch < 1:
+            raise ValueError(f"batch must be at least 1, got {model.batch}")
+        self.pixels, self.device, self.batch = pixels, model.device, model.batch
 
     def __call__(self, images: Tensor, condition: Any) -> Tensor:
         """Return the rewards, float32 (B,) on the images' device.
@@ -69,26 +69,3 @@ def head(width: int) -> nn.Sequential:
 def unit(embedding: Tensor) -> Tensor:
     """Return an embedding (B, width) at length one, in float32, where lengths of half precision overflow."""
     return nn.functional.normalize(embedding.float(), dim=-1)
-
-
-def check_tokens(name: str, tokenizer: Any, embedded: int, special: Sequence[str], source: Any) -> None:
-    """Check that a tokenizer's tokens all have an embedding, and that it is of the right kind.
-
-    Args:
-        name: of the reward, for messages.
-        tokenizer: as read.
-        embedded: tokens that the network knows.
-        special: tokens that must be there: a folder without a vocabulary gives a tokenizer without complaint.
-        source: the folder, for messages.
-
-    Raises:
-        ValueError: if not.
-    """
-    known = tokenizer.get_vocab()
-    lacking = [token for token in special if token not in known]
-    if lacking or max(known.values()) >= embedded or len(known) <= len(special) + 1:
-        what = f"{len(known)} tokens{f' without {lacking[0]}' if lacking else ''}"
-        raise ValueError(
-            f"reward {name!r} needs a tokenizer of at most {embedded} tokens with {' and '.join(special)}, got {what} "
-            f"in {source}; copy the files of the same model's tokenizer there"
-        )

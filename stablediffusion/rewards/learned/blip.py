@@ -19,12 +19,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
-from stablediffusion.rewards.learned.base import Scorer, check_tokens, head
-from stablediffusion.rewards.learned.files import fetch, filled, tensors_of, with_files
+from stablediffusion.rewards.learned.base import Scorer, head
+from stablediffusion.rewards.learned.files import Model
 from stablediffusion.rewards.learned.pixels import Pixels
 
 FILE = "ImageReward.safetensors"
@@ -85,11 +84,11 @@ class BlipReward(Scorer):
     """ImageReward; see the module's docstring."""
 
     def __init__(
-        self, vision: Any, text: Any, top: nn.Module, tokenizer: Any, *, pixels: Pixels, device: torch.device,
-        batch: int,
-    ) -> None:  # fmt: skip
-        super().__init__(pixels, device, batch)
-        self.vision, self.text, self.top, self.tokenizer = vision, text, top, tokenizer
+        self, vision: Any, text: Any, top: nn.Module, tokenizer: Any, pixels: Pixels, model: Model
+    ) -> None:
+        super().__init__(pixels, model)
+        self.vision, self.text = vision.to(model.device, model.dtype), text.to(model.device, model.dtype)
+        self.top, self.tokenizer = top.to(model.device), tokenizer
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         patches = self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
@@ -102,53 +101,31 @@ class BlipReward(Scorer):
         return (self.top(read[:, 0].float())[:, 0] - MEAN) / STD
 
 
-def load_blip(
-    name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
-) -> BlipReward:
+def load_blip(model: Model) -> BlipReward:
     """Load ImageReward.
 
     Args:
-        name: for messages.
-        model: folder or hub id with ImageReward.safetensors, and a tokenizer of BERT if it is to be read from there.
-        revision: of a hub id.
-        device: where to compute.
-        dtype: of the encoders' weights.
-        batch: images at a time.
+        model: with ImageReward.safetensors, and a tokenizer of BERT if it is to be read from there.
 
     Raises:
         ValueError: for files that are missing, or of another model.
     """
-    folder = fetch(name, model, revision, weights=(FILE,))
     try:
-        vision_state, text_state, top_state = transformers_names(
-            tensors_of(name, folder, file=FILE, convert=_CONVERT)
-        )
+        vision_state, text_state, top_state = transformers_names(model.tensors(FILE, convert=_CONVERT))
         vision_config, text_config = _configs(vision_state, text_state)
     except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"reward {name!r} needs BLIP's encoders in {folder / FILE}, got a file without {error}; "
+        raise model.wrong(
+            f"needs BLIP's encoders in {model.folder / FILE}, got a file without {error}; "
             "give the file of THUDM/ImageReward, converted"
         ) from error
-    source = folder / FILE
-    vision = filled(name, lambda: transformers.BlipVisionModel(vision_config), vision_state, source)
-    text = filled(
-        name, lambda: transformers.BlipTextModel(text_config, add_pooling_layer=False), text_state, source
+    vision = model.network(lambda: transformers.BlipVisionModel(vision_config), vision_state)
+    text = model.network(lambda: transformers.BlipTextModel(text_config, add_pooling_layer=False), text_state)
+    top = model.network(lambda: head(text_config.hidden_size), top_state)
+    tokenizer = model.with_either(("tokenizer.json", "vocab.txt"), TOKENIZER).tokenizer(
+        transformers.BertTokenizer, text_config.vocab_size, ("[CLS]", "[SEP]", "[PAD]")
     )
-    top = filled(name, lambda: head(text_config.hidden_size), top_state, source)
-    place = with_files(name, folder, ("tokenizer.json", "vocab.txt"), TOKENIZER)
-    try:
-        tokenizer = transformers.BertTokenizer.from_pretrained(place, local_files_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"reward {name!r} needs a BERT tokenizer in {place}, got one that cannot be read "
-            f"({type(error).__name__}); copy tokenizer.json of {TOKENIZER} there"
-        ) from error
-    check_tokens(name, tokenizer, text_config.vocab_size, ("[CLS]", "[SEP]", "[PAD]"), place)
     side = vision_config.image_size
-    return BlipReward(
-        vision.to(device, dtype), text.to(device, dtype), top.to(device), tokenizer,
-        pixels=Pixels(side, (side, side)), device=device, batch=batch,
-    )  # fmt: skip
+    return BlipReward(vision, text, top, tokenizer, Pixels(side, (side, side)), model)
 
 
 def _configs(vision: Mapping[str, Tensor], text: Mapping[str, Tensor]) -> tuple[Any, Any]:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ import transformers
 from torch import Tensor, nn
 
 from stablediffusion.rewards.learned import openclip
-from stablediffusion.rewards.learned.base import Scorer, check_tokens, head, unit
-from stablediffusion.rewards.learned.files import fetch, filled, settings_of, tensors_of, with_files
+from stablediffusion.rewards.learned.base import Scorer, head, unit
+from stablediffusion.rewards.learned.files import Model
 from stablediffusion.rewards.learned.pixels import Pixels, pixels_of
 
 # The vocabulary and image settings are the same for every model here, for folders that come without.
@@ -50,12 +49,9 @@ _SCALES = {"clipscore": 100.0, "pickscore": None, "hpsv2": 1.0}
 class Similarity(Scorer):
     """The scaled cosine of image and prompt; see the module's docstring."""
 
-    def __init__(
-        self, network: Any, tokenizer: Any, scale: float, *, pixels: Pixels, device: torch.device, batch: int
-    ) -> None:
-        super().__init__(pixels, device, batch)
-        self.network = network
-        self.tokenizer, self.scale = tokenizer, scale
+    def __init__(self, network: Any, tokenizer: Any, scale: float, pixels: Pixels, model: Model) -> None:
+        super().__init__(pixels, model)
+        self.network, self.tokenizer, self.scale = network.to(model.device, model.dtype), tokenizer, scale
         self.length = int(self.network.config.text_config.max_position_embeddings)
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -79,131 +75,98 @@ class Aesthetic(Scorer):
 
     reads_prompts = False
 
-    def __init__(
-        self, network: Any, top: nn.Module, *, pixels: Pixels, device: torch.device, batch: int
-    ) -> None:
-        super().__init__(pixels, device, batch)
-        self.network, self.top = network, top
+    def __init__(self, network: Any, top: nn.Module, pixels: Pixels, model: Model) -> None:
+        super().__init__(pixels, model)
+        self.network, self.top = network.to(model.device, model.dtype), top.to(model.device)
 
     def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         seen = self.network(pixel_values=pixels.to(self.network.dtype)).image_embeds
         return self.top(unit(seen))[:, 0]
 
 
-def load_similarity(
-    name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
-) -> Similarity:
+def load_similarity(model: Model) -> Similarity:
     """Load CLIPScore, PickScore or HPSv2 from a ``CLIPModel`` of transformers, or HPSv2 under OpenCLIP's names.
 
     Args:
-        name: "clipscore", "pickscore" or "hpsv2".
-        model: folder or hub id with config.json and model.safetensors; OpenCLIP's needs no config.json.
-        revision: of a hub id.
-        device: where to compute.
-        dtype: of the weights.
-        batch: images at a time.
+        model: with config.json and model.safetensors; OpenCLIP's needs no config.json.
 
     Raises:
         ValueError: for files that are missing, or of another model.
     """
-    folder = fetch(name, model, revision)
-    config, state = _openclip(name, folder) if name == "hpsv2" else (None, {})
+    config, state = _openclip(model) if model.name == "hpsv2" else (None, {})
     if config is None:
-        table = settings_of(name, folder, "config.json")
+        table = model.table("config.json")
         if table.get("model_type") != "clip":
-            raise ValueError(
-                f"reward {name!r} needs a CLIPModel of transformers (model_type 'clip'), got "
-                f"{table.get('model_type')!r} in {folder / 'config.json'}; give such a folder or hub id"
+            raise model.wrong(
+                f"needs a CLIPModel of transformers (model_type 'clip'), got {table.get('model_type')!r} in "
+                f"{model.folder / 'config.json'}; give such a folder or hub id"
             )
-        config, state = _config(name, transformers.CLIPConfig, table, folder), tensors_of(name, folder)
-    network: Any = filled(name, lambda: transformers.CLIPModel(config), state, folder)
-    tokenizer = _tokenizer(name, folder, config.text_config)
-    pixels = _pixels(name, folder, config.vision_config.image_size)
-    if name == "hpsv2":
-        side = config.vision_config.image_size
+        config, state = _config(model, transformers.CLIPConfig, table), model.tensors()
+    network = model.network(lambda: transformers.CLIPModel(config), state)
+    tokenizer = model.with_either(_TOKENIZER, PROCESSOR).tokenizer(
+        transformers.CLIPTokenizer, config.text_config.vocab_size, _ENDS,
+        model_max_length=config.text_config.max_position_embeddings,
+    )  # fmt: skip
+    side = config.vision_config.image_size
+    pixels = _pixels(model, side)
+    if model.name == "hpsv2":
         pixels = dataclasses.replace(pixels, size=side, crop=(side, side), pad=True)
-    fixed = _SCALES[name]
-    scale = float(network.logit_scale.exp()) if fixed is None else fixed
-    return Similarity(network.to(device, dtype), tokenizer, scale, pixels=pixels, device=device, batch=batch)
+    fixed = _SCALES[model.name]
+    return Similarity(network, tokenizer, float(network.logit_scale.exp()) if fixed is None else fixed, pixels, model)
 
 
-def load_aesthetic(
-    name: str, model: str, revision: str | None, *, device: torch.device, dtype: torch.dtype, batch: int
-) -> Aesthetic:
+def load_aesthetic(model: Model) -> Aesthetic:
     """Load an aesthetic score: a CLIP image encoder with projection, and the head's weights as ``layers.N``.
 
     Args:
-        name: for messages.
-        model: folder or hub id with config.json and model.safetensors.
-        revision: of a hub id.
-        device: where to compute.
-        dtype: of the encoder's weights.
-        batch: images at a time.
+        model: with config.json and model.safetensors.
 
     Raises:
         ValueError: for files that are missing, or of another model.
     """
-    folder = fetch(name, model, revision)
-    table = settings_of(name, folder, "config.json")
-    state = tensors_of(name, folder)
-    if not any(key.startswith("layers.") for key in state):
-        raise ValueError(
-            f"reward {name!r} needs a CLIP image encoder with the head's weights 'layers.0.weight', ..., got none of "
-            f"these in {folder} (model_type {table.get('model_type')!r}); give a model such as its default"
+    table, state = model.table("config.json"), model.tensors()
+    tops = {key.removeprefix("layers."): value for key, value in state.items() if key.startswith("layers.")}
+    if not tops:
+        raise model.wrong(
+            f"needs a CLIP image encoder with the head's weights 'layers.0.weight', ..., got none of these in "
+            f"{model.folder} (model_type {table.get('model_type')!r}); give a model such as its default"
         )
     # the settings are those of the image encoder alone, under a name of the author's own
     flat = {key: value for key, value in table.items() if key not in ("model_type", "architectures", "auto_map")}
-    config = _config(name, transformers.CLIPVisionConfig, flat, folder)
-    tops = {key.removeprefix("layers."): value for key, value in state.items() if key.startswith("layers.")}
+    config = _config(model, transformers.CLIPVisionConfig, flat)
     rest = {key: value for key, value in state.items() if not key.startswith("layers.")}
-    network: Any = filled(name, lambda: transformers.CLIPVisionModelWithProjection(config), rest, folder)
-    top = filled(name, lambda: head(config.projection_dim), tops, folder)
-    pixels = _pixels(name, folder, config.image_size)
-    return Aesthetic(network.to(device, dtype), top.to(device), pixels=pixels, device=device, batch=batch)
+    network = model.network(lambda: transformers.CLIPVisionModelWithProjection(config), rest)
+    top = model.network(lambda: head(config.projection_dim), tops)
+    return Aesthetic(network, top, _pixels(model, config.image_size), model)
 
 
-def _openclip(name: str, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+def _openclip(model: Model) -> tuple[Any, dict[str, Tensor]]:
     """Return settings and weights of a model under OpenCLIP's names, or None and nothing of another."""
-    if (folder / "config.json").is_file():
+    if (model.folder / "config.json").is_file():
         return None, {}
-    state = tensors_of(name, folder, convert=_CONVERT)
+    state = model.tensors(convert=_CONVERT)
     if not openclip.is_openclip(state):
         return None, {}
     renamed = openclip.transformers_names(state)
     try:
         return openclip.config_of(renamed), renamed
     except KeyError as error:
-        raise ValueError(
-            f"reward {name!r} needs all weights of CLIP ViT-H/14 in {folder}, got a file without {error}; convert "
+        raise model.wrong(
+            f"needs all weights of CLIP ViT-H/14 in {model.folder}, got a file without {error}; convert "
             "HPS_v2.1_compressed.pt again"
         ) from error
 
 
-def _config(name: str, kind: Any, table: dict[str, Any], folder: Path) -> Any:
+def _config(model: Model, kind: Any, table: dict[str, Any]) -> Any:
     try:
         return kind.from_dict(json.loads(json.dumps(table)))
     except Exception as error:
-        raise ValueError(
-            f"reward {name!r} needs a config.json that transformers {transformers.__version__} reads, got one in "
-            f"{folder} that it refuses ({type(error).__name__}); replace it"
+        raise model.wrong(
+            f"needs a config.json that transformers {transformers.__version__} reads, got one in {model.folder} that "
+            f"it refuses ({type(error).__name__}); replace it"
         ) from error
 
 
-def _pixels(name: str, folder: Path, image_size: int) -> Pixels:
-    source = with_files(name, folder, (_PREPROCESSOR,), PROCESSOR)
-    return pixels_of(name, settings_of(name, source, _PREPROCESSOR), image_size, source)
-
-
-def _tokenizer(name: str, folder: Path, config: Any) -> Any:
-    source = with_files(name, folder, _TOKENIZER, PROCESSOR)
-    try:
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(
-            source, model_max_length=config.max_position_embeddings, local_files_only=True
-        )
-    except Exception as error:
-        raise ValueError(
-            f"reward {name!r} needs a CLIP tokenizer in {source}, got one that cannot be read "
-            f"({type(error).__name__}); copy tokenizer.json of the same model there"
-        ) from error
-    check_tokens(name, tokenizer, config.vocab_size, _ENDS, source)
-    return tokenizer
+def _pixels(model: Model, image_size: int) -> Pixels:
+    source = model.with_either((_PREPROCESSOR,), PROCESSOR)
+    return pixels_of(model.name, source.table(_PREPROCESSOR), image_size, source.folder)

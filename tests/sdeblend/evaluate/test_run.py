@@ -21,8 +21,9 @@ from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate, manifest
 from sdeblend.evaluate.summary import load, summarise
 from sdeblend.evaluate.tables import markdown
+from sdeblend.reward import Reward
 from sdeblend.shell.cli import main as cli
-from stablediffusion.rewards import REWARDS, ImageReward
+from stablediffusion.rewards import REWARDS
 from tests.support.strategies import refuses
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -281,7 +282,7 @@ def test_a_pipeline_is_pinned_to_its_prompts_networks_and_scales(tmp_path, monke
     plan = load_plan(file)
 
     def pinned(weight=1.0, change=""):
-        monkeypatch.setitem(REWARDS, "learned", ImageReward("learned", Learned(weight), True, "none"))
+        monkeypatch.setitem(REWARDS, "learned", Reward("learned", Learned(weight), True, "none"))
         backend = plan.backend()
         if change:
             part = next(backend.pipe.components[change].parameters())

@@ -8,11 +8,11 @@ import torch
 from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
 from stablediffusion.finetune.tunable import PipelineTunable
-from stablediffusion.rewards import find_reward
+from stablediffusion.rewards import image_reward
 from stablediffusion.testing import tiny_pipeline
 from tests.support.strategies import generator, refuses
 
-REWARD = WeightedReward({"vivid": find_reward("vivid")})
+REWARD = WeightedReward({"vivid": image_reward("vivid")})
 
 
 def tunable(seed=1, dtype=torch.float32, **options):

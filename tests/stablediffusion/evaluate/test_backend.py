@@ -21,11 +21,12 @@ from sdeblend.methods.case import Drawn, NotApplicable
 from sdeblend.methods.draws import Draws
 from sdeblend.methods.registry import METHODS
 from sdeblend.preference import Preference
+from sdeblend.reward import Reward
 from sdeblend.shell.cli import main as cli
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.latents import SoupScore, pipeline_score
 from stablediffusion.evaluate import backend as backend_module
-from stablediffusion.rewards import REWARDS, ImageReward
+from stablediffusion.rewards import REWARDS
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 from tests.support.strategies import refuses
 
@@ -293,7 +294,7 @@ def test_a_reward_that_fails_on_one_image_costs_that_image_alone(tmp_path, monke
         values = images.mean((1, 2, 3))
         return torch.where(values == values.max(), torch.nan, values) if len(images) == 2 else values
 
-    monkeypatch.setitem(REWARDS, "picky", ImageReward("picky", picky, True, "none"))
+    monkeypatch.setitem(REWARDS, "picky", Reward("picky", picky, True, "none"))
     notes = run(tmp_path, "out", CONFIG.replace("steps = 2", 'steps = 2\nreport = ["picky"]'))
     assert len(notes) == 2 * 2 * (3 + 4) and all("reward 'picky' failed on image" in note for note in notes)
     folder = Folder(tmp_path / "out")
@@ -312,15 +313,15 @@ def test_a_reward_that_fails_on_one_image_costs_that_image_alone(tmp_path, monke
         ({**ALONE, "members": {"compress": "compress"}, "pairs": TABLE["pairs"]}, ["pairs must be of none", "vivid'"]),
         ({"pairs": {"vivid+compress": "morl-50"}}, ["pairs must be of compress+vivid, got 'vivid+compress'"]),
         ({"half": {"compres": "compress-half"}}, ["half must be of compress, vivid, got 'compres'"]),
-        ({"gradients": {"compres": "vivid"}}, ["[backend.gradients] must be of compress, vivid, got 'compres'"]),
+        ({"gradients": {"compres": "vivid"}}, ["[backend] gradients must be of compress, vivid, got 'compres'"]),
         ({"gradients": {"compress": 1}}, ["[backend.gradients] compress must be the name of a reward, got 1"]),
-        ({"scales": {"vivd": 2.0}}, ["[backend.scales] must be of compress, vivid, align, correct, got 'vivd'"]),
+        ({"scales": {"vivd": 2.0}}, ["[backend] scales must be of compress, vivid, align, correct, got 'vivd'"]),
         ({"scales": {"vivid": 0.0}}, ["[backend.scales] vivid must be a finite number above 0, got 0.0"]),
         ({"tuned": [{"weights": [1.0], "member": "vivid"}]}, ["a weight for each of compress, vivid"]),
-        ({"tuned": [{"member": "vivid"}]}, ["tuned weights is missing"]),
-        ({"half": {"compress": 3}}, ["half compress must be a file"]),
-        ({"steps": 1}, ["steps must be at least 2"]),
-        ({"eta": 1.5}, ["eta must lie within 0 and 1"]),
+        ({"tuned": [{"member": "vivid"}]}, ["[[backend.tuned]] 1 weights is missing"]),
+        ({"half": {"compress": 3}}, ["[backend.half] compress must be a file"]),
+        ({"steps": 1}, ["steps must be an integer of at least 2, got 1"]),
+        ({"eta": 1.5}, ["eta must be a finite number from 0 to 1, got 1.5"]),
         ({"prompts": ["a ring", "a ring"]}, ["prompts must differ"]),
         ({"prompts": "no-such-file.txt"}, ["readable text file", "no-such-file.txt"]),
         ({"path": "no-such-folder", "prompts": ["a ring"]}, ["path must be a folder or hub id"]),
@@ -375,13 +376,13 @@ def test_bundled_configurations_are_read_and_those_with_weights_say_what_is_miss
 
 def test_the_distance_to_tilted_drawings_sees_a_blend_and_not_exact_samples(case):
     """The target's own drawings have the floor; pictures far above it in reward do not, whatever their mean."""
-    wanted, target = FIRST, case._target
-    assert target is not None and target["compress"].shape == (512,)
-    exact = target["compress"] / case._scale("compress")
+    wanted, target = FIRST, case.target
+    assert target is not None and target.rewards["compress"].shape == (512,)
+    exact = target.rewards["compress"]
     law = (exact / case.kl_weight).softmax(0)
     drawn = METHODS["base"](case, wanted, draws(case, 8))
     found = case.measure(drawn, wanted)["W1 of r(w)"]
-    by_hand = REWARDS["compress"](case.decode(drawn.samples), None).double() / case._scale("compress")
+    by_hand = REWARDS["compress"](case.decode(drawn.samples), None).double() / case.scale("compress")
     levels = (torch.arange(20_000).double() + 0.5) / 20_000
     order = exact.argsort()
     quantiles = exact[order][torch.searchsorted(law[order].cumsum(0), levels).clamp(max=511)]

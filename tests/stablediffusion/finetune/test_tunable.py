@@ -19,7 +19,7 @@ from stablediffusion.finetune import PipelineSettings
 from stablediffusion.finetune.tunable import ADAPTER, PipelineTunable
 from stablediffusion.pipelines.identity import base_identity, same_base
 from stablediffusion.pipelines.prompts import PromptCondition
-from stablediffusion.rewards import REWARDS, colourfulness, find_reward, jpeg_size
+from stablediffusion.rewards import REWARDS, colourfulness, image_reward, jpeg_size
 from stablediffusion.testing import FAMILIES, tiny_call, tiny_lora, tiny_pipeline
 from tests.support.strategies import refuses
 
@@ -152,7 +152,7 @@ def test_one_iteration_of_each_trainer(name):
     model = tunable(layers=("attention",))
     x, t, condition = batch(model)
     base, before = model.base(x, t, condition), {k: p.detach().clone() for k, p in model.trainable().items()}
-    reward = WeightedReward({"vivid": find_reward("vivid")})
+    reward = WeightedReward({"vivid": image_reward("vivid")})
     few = {"dpok": {"updates": 1, "batch": 4, "value_updates": 1, "value_batch": 4}}.get(name, {})
     trainer = kind(model, reward, settings(kl_weight=0.1, groups=2, group_size=2, steps=3, learning_rate=1e-2, **few))
     metrics = trainer.iterate()
@@ -294,7 +294,7 @@ def test_jpeg_size_and_colourfulness():
     expected = (0.25 + 0.0625) ** 0.5 + 0.3 * (0.25 + 0.0625) ** 0.5
     torch.testing.assert_close(colourfulness(images)[1:], torch.tensor([0.0, expected]), atol=2e-4, rtol=1e-3)
     grey.requires_grad_()
-    assert find_reward("vivid").differentiable and not find_reward("compress").differentiable
+    assert image_reward("vivid").differentiable and not image_reward("compress").differentiable
     colourfulness(grey).sum().backward()
     assert bool(grey.grad.isfinite().all())
     x = noise.double().requires_grad_()
@@ -309,19 +309,19 @@ def test_alignment_is_of_what_the_prompt_asks():
     prompts = ("a large red circle in the center on a plain blue background", "a green cross on a white background", "")
     scene = parse(prompts[0])
     images = ((draw([scene] * 3) + 1) / 2).requires_grad_()
-    values = find_reward("align")(images, PromptCondition(prompts, (), torch.arange(3)))
+    values = image_reward("align")(images, PromptCondition(prompts, (), torch.arange(3)))
     assert values[0] > -0.5 and values[1] < values[0] - 5 and values[2] == 0
     values.sum().backward()
     assert images.grad.flatten(1).abs().sum(1)[:2].min() > 0
 
 
 def test_rewards_by_name():
-    assert find_reward("torch:sum").function is torch.sum
-    assert find_reward("stablediffusion.rewards:jpeg_size").differentiable
-    refuses(lambda: find_reward("beauty"), "compress", "package.module:function")
-    refuses(lambda: find_reward("nowhere.at.all:f"), "importable")
-    refuses(lambda: find_reward("torch:nothing"), "importable")
-    refuses(lambda: find_reward("torch:float32"), "must be a function")
+    assert image_reward("torch:sum").function is torch.sum
+    assert image_reward("stablediffusion.rewards:jpeg_size").differentiable
+    refuses(lambda: image_reward("beauty"), "compress", "package.module:function")
+    refuses(lambda: image_reward("nowhere.at.all:f"), "importable")
+    refuses(lambda: image_reward("torch:nothing"), "importable")
+    refuses(lambda: image_reward("torch:float32"), "must be a function")
 
 
 def test_backend_of_the_command(tmp_path):

@@ -16,9 +16,10 @@ from sdeblend.finetune.trainers import TRAINERS
 from sdeblend.reward import WeightedReward
 from sdeblend.shell.settings import parse
 from stablediffusion.finetune import PipelineSettings
-from stablediffusion.rewards.learned import SCORERS, blip
+from stablediffusion.rewards.learned import LEARNED, blip
 from stablediffusion.rewards.learned.pixels import CLIP_STD, Pixels, pixels_of
-from stablediffusion.rewards.scoring import Prompts, image_reward, score_each
+from stablediffusion.rewards.registry import image_reward
+from stablediffusion.rewards.scoring import Prompts, score_each
 from stablediffusion.testing import tiny_pipeline
 from tests.support import scorer_models
 from tests.support.scorer_models import (
@@ -144,7 +145,7 @@ def test_every_tensor_of_an_image_reward_checkpoint_is_used(models):
     refuses(lambda: blip.transformers_names(state | {"blip.queue": torch.zeros(1)}), "'blip.queue'", "converted")
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", LEARNED)
 def test_batches_and_gradients(models, name):
     """One at a time, two at a time, all at once; each image's gradient is its own and points uphill."""
     images = pictures(height=40, width=56)
@@ -364,6 +365,6 @@ def test_tuning_on_a_learned_reward(models, tmp_path):
     refuses(lambda: built({"clipscore": folder}), "c.toml: [model.rewards] 'clipscore'", "hpsv2, vivid")
     refuses(lambda: built({"hpsv2": 3}), "c.toml: [model.rewards] hpsv2 must be", "got 3")
     refuses(lambda: built({"hpsv2": {"folder": folder}}), "c.toml: [model.rewards.hpsv2]", "'folder'")
-    refuses(lambda: built({"vivid": folder, "hpsv2": folder}), "c.toml: [model.rewards.vivid]", "loads no weights")
+    refuses(lambda: built({"vivid": folder, "hpsv2": folder}), "c.toml: [model.rewards.vivid]", "takes no options")
     refuses(lambda: built({}), "c.toml: [rewards] reward 'hpsv2'", "folder")
     refuses(lambda: built({}, ("beauty",)), "c.toml: [rewards] a reward must be", "pickscore", "'beauty'")

@@ -14,8 +14,10 @@ from PIL import Image
 from sdeblend.evaluate.config import load_plan
 from sdeblend.evaluate.rows import Folder
 from sdeblend.evaluate.run import World, evaluate
-from stablediffusion.rewards import REWARDS, ImageReward
-from stablediffusion.rewards.scoring import Prompts, image_reward, score_each
+from sdeblend.reward import Reward
+from stablediffusion.rewards import REWARDS
+from stablediffusion.rewards.registry import image_reward
+from stablediffusion.rewards.scoring import Prompts, score_each
 from tests.support.strategies import refuses
 
 PROMPTS = Prompts(("a ring", "a bad ring", "a square"))
@@ -26,7 +28,7 @@ def pictures(count=3, seed=0):
 
 
 def reward(function, name="made up"):
-    return ImageReward(name, function, False, "units")
+    return Reward(name, function, False, "units")
 
 
 def lengths(images, condition):
@@ -143,7 +145,7 @@ def test_a_reward_that_fails_on_the_way_costs_that_image_alone(tmp_path, monkeyp
             raise RuntimeError("cannot read this")
         return torch.where(bad, torch.nan, values)
 
-    monkeypatch.setitem(REWARDS, "picky", ImageReward("picky", picky, True, "none"))
+    monkeypatch.setitem(REWARDS, "picky", Reward("picky", picky, True, "none"))
     (tmp_path / "c.toml").write_text(CONFIG)
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
     notes = evaluate(plan, folder, processes=World())
@@ -167,7 +169,7 @@ def test_a_reward_that_always_fails_costs_the_methods_that_need_it(tmp_path, mon
     def broken(images, condition):
         raise RuntimeError("no weights")
 
-    monkeypatch.setitem(REWARDS, "picky", ImageReward("picky", broken, True, "none"))
+    monkeypatch.setitem(REWARDS, "picky", Reward("picky", broken, True, "none"))
     (tmp_path / "c.toml").write_text(CONFIG)
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
     notes = evaluate(plan, folder, processes=World())
@@ -182,4 +184,4 @@ def test_rewards_by_name():
     assert image_reward("vivid") is REWARDS["vivid"]
     assert image_reward("torch:sum").function is torch.sum
     refuses(lambda: image_reward("beauty"), "compress", "package.module:function", "'beauty'")
-    refuses(lambda: image_reward("vivid", "somewhere"), "loads no weights", "'somewhere'")
+    refuses(lambda: image_reward("vivid", "somewhere"), "takes no options", "'somewhere'")
