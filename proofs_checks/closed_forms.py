@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Outcome, Settings
-from proofs_checks.harness.quadrature import (
-    Differences,
-    Lattice,
-    RawProblem,
-    draw_points,
-    draw_problem,
-    draw_time,
-    gradient,
-    schedules,
-    worst,
-)
-from sdeblend import NoiseSchedule
+from proofs_checks.harness.check import Differences, Outcome, Settings, worst
+from proofs_checks.harness.quadrature import Given, Lattice, RawProblem, draw_problem, draw_states, gradient
+from sdeblend import NoiseSchedule, VPLinear
 from toy import GaussianMixture, QuadraticReward
 
 if TYPE_CHECKING:
@@ -62,8 +52,8 @@ def check(settings: Settings) -> Outcome:
             problem = draw_problem(generator, dim=dim)
             lattice = Lattice(problem)
             _static(problem, lattice, errors)
-            for schedule in schedules().values():
-                _noised(problem, lattice, schedule, generator, errors)
+            for state in draw_states(generator, problem, 6):
+                _noised(problem, lattice, *state, errors)
     for dim in (3, 4, 5, 6):
         for _ in range(settings.choose(2, 8)):
             _dimensions(draw_problem(generator, dim=dim), generator, errors)
@@ -81,13 +71,13 @@ def _static(problem: RawProblem, lattice: Lattice, errors: Differences) -> None:
     no_half = QuadraticReward(reward.linear, 2 * reward.quadratic, reward.constant)
     flipped = QuadraticReward(reward.linear, -reward.quadratic, reward.constant)
 
-    closed = [torch.tensor(base.log_normalizer(r, kl_weight=alpha), dtype=torch.float64) for r in (reward, no_half)]
-    errors.add("log normaliser", *(worst(value, log_z) for value in closed))
+    right, wrong = (torch.full_like(log_z, base.log_normalizer(r, kl_weight=alpha)) for r in (reward, no_half))
+    errors.compare("log normaliser", right, wrong, log_z)
 
     probable = log_tilt - log_z > -25
     nodes, reference = lattice.nodes[probable][::7], (log_tilt - log_z)[probable][::7]
-    wrong = base.tilt(flipped, kl_weight=alpha)
-    errors.add("density of the tilt", *(worst(mixture.log_prob(nodes), reference) for mixture in (tilted, wrong)))
+    other = base.tilt(flipped, kl_weight=alpha)
+    errors.compare("density of the tilt", tilted.log_prob(nodes), other.log_prob(nodes), reference)
 
     mean = lattice.mean(log_tilt, lattice.nodes)
     centred = lattice.nodes - mean
@@ -101,38 +91,29 @@ def _static(problem: RawProblem, lattice: Lattice, errors: Differences) -> None:
         scalars = torch.tensor([m.mean_reward(reward), m.reward_variance(reward)], dtype=torch.float64)
         return torch.cat([m.mean, m.covariance.flatten(), scalars])
 
-    errors.add("moments of the tilt", worst(moments(tilted), reference), worst(moments(base), reference))
+    errors.compare("moments of the tilt", moments(tilted), moments(base), reference)
     kl = lattice.mean(log_tilt, log_tilt - log_z - lattice.log_base)
     closed_kl = torch.tensor(base.tilt_kl(reward, kl_weight=alpha), dtype=torch.float64)
-    errors.add("KL divergence to the base", worst(closed_kl, kl), worst(closed_kl + 2 * log_z, kl))
+    errors.compare("KL divergence to the base", closed_kl, closed_kl + 2 * log_z, kl)
 
 
 def _noised(
-    problem: RawProblem,
-    lattice: Lattice,
-    schedule: NoiseSchedule,
-    generator: torch.Generator,
-    errors: Differences,
+    problem: RawProblem, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor, errors: Differences
 ) -> None:
-    """Noised law, its score, and the posterior, at one drawn time of one schedule."""
-    t = draw_time(generator, schedule)
-    a, s = schedule.alpha(t), schedule.sigma(t)
-    x = draw_points(generator, problem, schedule, t, 6).requires_grad_()
-    joint = lattice.log_base + lattice.log_kernel(x, a, s)
-    log_density = lattice.log_integral(joint)
+    """Noised law, its score, and the posterior."""
+    x = x.requires_grad_()
+    given = Given(lattice, schedule, t, x)
+    log_density = lattice.log_integral(given.log_joint)
     score = gradient(log_density, x)
-    x, joint, log_density = x.detach(), joint.detach(), log_density.detach()
+    x, log_density = x.detach(), log_density.detach()
 
-    noised = problem.base.noised(schedule, t)
+    noised, s = problem.base.noised(schedule, t), schedule.sigma(t)
     extra = (s - s * s) * torch.eye(problem.dim, dtype=torch.float64)
     wrong = GaussianMixture(noised.weights, noised.means, noised.covariances + extra)
-    errors.add("noised density", worst(noised.log_prob(x), log_density), worst(wrong.log_prob(x), log_density))
-    errors.add("noised score", worst(noised.score(x), score), worst(problem.base.score(x), score))
+    errors.compare("noised density", noised.log_prob(x), wrong.log_prob(x), log_density)
+    errors.compare("noised score", noised.score(x), problem.base.score(x), score)
 
-    weights = joint.softmax(-1)
-    mean = weights @ lattice.nodes
-    second = torch.einsum("bn,ni,nj->bij", weights, lattice.nodes, lattice.nodes)
-    covariance = second - mean[:, :, None] * mean[:, None, :]
+    mean, covariance = (given.weights @ lattice.nodes).detach(), given.covariance().detach()
     posterior = problem.base.posterior(x, schedule, t)
     right = max(worst(posterior.mean, mean), worst(posterior.covariance, covariance))
     errors.add("posterior mean and covariance", right, worst(x + s * s * noised.score(x), mean))
@@ -147,7 +128,7 @@ def _dimensions(problem: RawProblem, generator: torch.Generator, errors: Differe
     # The tilt is normalised by its form, so this can be constant in x and equal to log Z only if both are right.
     reference = problem.log_density(x) + problem.rewards[0](x) / alpha - tilted.log_prob(x)
     right, wrong = (torch.full_like(reference, base.log_normalizer(reward, kl_weight=k)) for k in (alpha, 2 * alpha))
-    errors.add("tilt in 3 to 6 dimensions", worst(reference, right), worst(reference, wrong))
+    errors.compare("tilt in 3 to 6 dimensions", right, wrong, reference)
 
 
 def _illustration(settings: Settings) -> dict[str, object]:
@@ -155,7 +136,7 @@ def _illustration(settings: Settings) -> dict[str, object]:
     generator = settings.generator("closed_forms figure")
     problem = draw_problem(generator, dim=1, components=3)
     lattice = Lattice(problem)
-    schedule = schedules()["vp-linear"]
+    schedule = VPLinear()
     log_tilt = lattice.log_base + lattice.rewards[0] / problem.kl_weight
     near = (log_tilt - lattice.log_integral(log_tilt) > -12) | (lattice.log_base > -12)
     x, times = lattice.nodes[near], (0.1, 0.4)
@@ -180,7 +161,6 @@ def _illustration(settings: Settings) -> dict[str, object]:
 def figure(outcome: Outcome) -> Figure:
     """Draw one drawn problem with both sides on it, and the differences of all of them against the bound."""
     from proofs_checks.harness import figures
-    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)
@@ -194,6 +174,6 @@ def figure(outcome: Outcome) -> Figure:
         left.plot(data["dots"], dots, "o", ms=3.5, mfc="none", color=colour)
     left.plot([], [], "o", ms=3.5, mfc="none", color=figures.EXACT, label="integral on the lattice")
     title = "One drawn problem: closed forms and integrals"
-    figures.label(left, title, "x (units of the data)", "density", ncols=3, **BELOW)
-    differences(right, data["differences"], data["bound"])
+    figures.label(left, title, "x (units of the data)", "density", ncols=3, **figures.BELOW)
+    figures.differences(right, data["differences"], data["bound"])
     return picture

@@ -17,6 +17,7 @@ Source: Diffusion Blend 2505.18547, Algorithms 1 (DB-MPA) and 2 (DB-KLA).
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -85,49 +86,22 @@ def check(settings: Settings) -> Outcome:
     below = max(abs(a - b) for a, b in zip(table[0.25][1], BELOW_ZERO, strict=True))
     below_control = max(abs(a - b) for a, b in zip(below_off, BELOW_ZERO, strict=True))
     strengths = [_strengths(settings, i) for i in range(settings.choose(1, 4))]
-    exact = max(row[strength][0] for row in strengths for strength in (0.0, 1.0))
     measurements = [
-        Measurement(
-            f"samples of the blend against its equation, sqrt(n) D, worst of {len(runs)}",
-            max(run.blend for run in runs),
-            "<=",
-            KOLMOGOROV,
-            f"weights {WEIGHTS_OFF} off",
-            max(run.weights_off for run in runs),
-        ),
-        Measurement(
-            "exact score, same grid, step and noise, against the target, sqrt(n) D",
-            max(run.exact for run in runs),
-            "<=",
-            KOLMOGOROV,
-            f"target of weights {WEIGHTS_OFF} off",
-            max(run.exact_off for run in runs),
-        ),
-        Measurement(
-            "line2: KL(target || blend) less the references, relative, worst of 5",
-            max(abs(table[alpha][0] / value - 1) for alpha, value in REFERENCE.items()),
-            "<=",
-            0.02,
-            "weights .45, .55",
-            abs(off / 0.27 - 1),
-        ),
-        Measurement(
-            "line2: P(x < 0) of blend and target less .301 and .514",
-            below,
-            "<=",
-            0.001,
-            "weights .45, .55",
-            below_control,
-        ),
-        Measurement(
-            "DB-KLA at strengths 0 and 1: KL(target || blend) (nats)",
-            exact,
-            "<=",
-            1e-5,
-            "strength 1/2",
-            max(row[0.5][0] for row in strengths),
-        ),
-    ]
+        Measurement(f"samples of the blend against its equation, sqrt(n) D, worst of {len(runs)}",
+                    max(run.blend for run in runs), "<=", KOLMOGOROV,
+                    f"weights {WEIGHTS_OFF} off", max(run.weights_off for run in runs)),
+        Measurement("exact score, same grid, step and noise, against the target, sqrt(n) D",
+                    max(run.exact for run in runs), "<=", KOLMOGOROV,
+                    f"target of weights {WEIGHTS_OFF} off", max(run.exact_off for run in runs)),
+        Measurement("line2: KL(target || blend) less the references, relative, worst of 5",
+                    max(abs(table[alpha][0] / value - 1) for alpha, value in REFERENCE.items()), "<=", 0.02,
+                    "weights .45, .55", abs(off / 0.27 - 1)),
+        Measurement("line2: P(x < 0) of blend and target less .301 and .514", below, "<=", 0.001,
+                    "weights .45, .55", below_control),
+        Measurement("DB-KLA at strengths 0 and 1: KL(target || blend) (nats)",
+                    max(row[strength][0] for row in strengths for strength in (0.0, 1.0)), "<=", 1e-5,
+                    "strength 1/2", max(row[0.5][0] for row in strengths)),
+    ]  # fmt: skip
     inside = [error for row in strengths for s, (_, error) in row.items() if 0 < s < 1]
     beyond = [error for row in strengths for s, (_, error) in row.items() if s > 1]
     findings = [
@@ -140,56 +114,36 @@ def check(settings: Settings) -> Outcome:
         f"strengths within (0, 1), by up to {max(0.0, -min(inside)):.3f} of the reward's standard deviation, and "
         f"overshoots in {sum(e > 0 for e in beyond)} of {len(beyond)} above 1, by up to {max(0.0, *beyond):.3f}",
     ]
-    first = runs[0]
-    data = {
-        "x": first.x.numpy(),
-        "law": first.law.numpy(),
-        "target": first.target.numpy(),
-        "base": first.base.numpy(),
-        "histogram": first.histogram.numpy(),
-        "edges": first.edges.numpy(),
-        "table": {alpha: value for alpha, (value, _) in table.items()},
-        "strengths": strengths,
-    }
-    return Outcome(measurements, data, findings)
+    divergences = {alpha: value for alpha, (value, _) in table.items()}
+    return Outcome(measurements, {"run": runs[0], "table": divergences, "strengths": strengths}, findings)
 
 
 def figure(outcome: Outcome) -> Figure:
     """Samples on their law, the divergences of line2 over the KL weight, and DB-KLA over the strength."""
     from proofs_checks.harness import figures
 
-    data = outcome.data
-    fig, (left, middle, right) = figures.panels(3)
-    left.stairs(
-        data["histogram"], data["edges"], fill=True, color=figures.LIGHT, alpha=0.6, label="samples of the blend"
-    )
-    left.plot(data["x"], data["base"], ":", color=figures.BASE, label="base")
-    left.plot(data["x"], data["law"], color=figures.BLEND, label="blend, Fokker-Planck")
-    left.plot(data["x"], data["target"], "--", color=figures.EXACT, label="exact target")
+    run, table = outcome.data["run"], outcome.data["table"]
+    picture, (left, middle, right) = figures.panels(3)
+    left.stairs(run.histogram, run.edges, fill=True, color=figures.LIGHT, alpha=0.6, label="samples of the blend")
+    left.plot(run.x, run.base, ":", color=figures.BASE, label="base")
+    left.plot(run.x, run.law, color=figures.BLEND, label="blend, Fokker-Planck")
+    left.plot(run.x, run.target, "--", color=figures.EXACT, label="exact target")
     left.set_xlim(-4, 4)
-    left.set_ylim(top=1.5 * max(data["histogram"].max(), data["target"].max()))
+    left.set_ylim(top=1.5 * float(max(run.histogram.max(), run.target.max())))
     figures.label(left, "DB-MPA, a drawn problem", "x (units of the data)", "density", ncols=2, loc="upper center")
-    alphas = list(data["table"])
+    alphas = list(table)
     middle.loglog(alphas, [REFERENCE[alpha] for alpha in alphas], "-", color=figures.EXACT, label="reference")
-    middle.loglog(alphas, list(data["table"].values()), "o", color=figures.BLEND, label="Fokker-Planck")
-    middle.set_xticks(alphas, [f"{alpha:g}" for alpha in alphas])
-    middle.set_xticks([], minor=True)
+    middle.loglog(alphas, list(table.values()), "o", color=figures.BLEND, label="Fokker-Planck")
+    figures.ticks(middle, alphas)
     figures.label(middle, "line2, DB-MPA", "KL weight alpha", "KL(target || blend) (nats)")
-    for k, row in enumerate(data["strengths"]):
-        strengths = sorted(row)
-        right.plot(
-            strengths,
-            [row[s][1] for s in strengths],
-            "o-",
-            color=figures.BLEND,
-            alpha=0.7,
-            label="blend, drawn problems" if not k else None,
-        )
+    for k, row in enumerate(outcome.data["strengths"]):
+        errors, words = [error for _, error in row.values()], None if k else "blend, drawn problems"
+        right.plot(list(row), errors, "o-", color=figures.BLEND, alpha=0.7, label=words)
     right.axhline(0, color=figures.EXACT, label="exact target")
     for s in (0, 1):
         right.axvline(s, color=figures.GOOD, linestyle=":", label=None if s else "exact at 0 and 1")
     figures.label(right, "DB-KLA over the strength", "strength", "mean reward less the target's (sd)")
-    return fig
+    return picture
 
 
 def _equation(score: ScoreFunction) -> Density:
@@ -231,20 +185,14 @@ def _samples(settings: Settings, i: int) -> _Samples:
     target = _at(drawn.target, law.x)
     counts, edges = torch.histogram(blended.flatten().double(), bins=80, range=(-4.0, 4.0), density=True)
     return _Samples(
-        blend=_distance(blended, law.x, law.p),
-        weights_off=_distance(blended, off.x, off.p),
-        exact=_distance(exact, law.x, target),
-        exact_off=_distance(exact, law.x, _at(wrong.target, law.x)),
-        biased=_distance(blended, law.x, target),
-        x=law.x,
-        law=law.p,
-        target=target,
-        base=_at(drawn.problem.base, law.x),
-        histogram=counts,
-        edges=edges,
-    )
+        blend=_distance(blended, law.x, law.p), weights_off=_distance(blended, off.x, off.p),
+        exact=_distance(exact, law.x, target), exact_off=_distance(exact, law.x, _at(wrong.target, law.x)),
+        biased=_distance(blended, law.x, target), x=law.x, law=law.p, target=target,
+        base=_at(drawn.problem.base, law.x), histogram=counts, edges=edges,
+    )  # fmt: skip
 
 
+@cache
 def _line2(alpha: float, share: float) -> tuple[float, tuple[float, float]]:
     """Return KL(target || blend) of line2, and P(x < 0) of the blend (weights share, 1 - share) and of the target."""
     problem = line2().with_kl_weight(alpha)

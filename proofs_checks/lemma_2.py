@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Differences, Measurement, Outcome, Settings
 from proofs_checks.harness.draw import uniform
 from proofs_checks.harness.quadrature import (
-    Differences,
+    Given,
     Lattice,
     RawProblem,
     draw_points,
     draw_problem,
+    draw_states,
     draw_time,
-    schedules,
-    worst,
 )
 from sdeblend import Blend, NoiseSchedule, Preference, VPLinear
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, jensen_gap
@@ -60,8 +59,8 @@ def check(settings: Settings) -> Outcome:
         for _ in range(count):
             problem = draw_problem(generator, dim=dim, rewards=int(torch.randint(2, 4, (), generator=generator)))
             lattice = Lattice(problem)
-            for schedule in schedules().values():
-                _identity(problem, lattice, schedule, generator, errors)
+            for state in draw_states(generator, problem, 6):
+                _identity(problem, lattice, *state, generator, errors)
     for dim in (3, 4, 5, 6):
         for _ in range(settings.choose(1, 4)):
             _dimensions(draw_problem(generator, dim=dim, rewards=3), generator, errors)
@@ -92,43 +91,27 @@ def _identity(
     problem: RawProblem,
     lattice: Lattice,
     schedule: NoiseSchedule,
+    t: Tensor,
+    x: Tensor,
     generator: torch.Generator,
     errors: Differences,
 ) -> None:
     """Both sides for a drawn preference, at strength 1 and at a drawn one."""
-    count, alpha = len(problem.rewards), problem.kl_weight
-    share = uniform(generator, 0.2, 1.0, count)
-    weights = (share / share.sum()).tolist()
-    strength = float(uniform(generator, 0.3, 1.6))
-    t = draw_time(generator, schedule)
-    x = draw_points(generator, problem, schedule, t, 6)
-    rewards = [reward.closed for reward in problem.rewards]
-    stack = MixtureStack([problem.base, *(problem.base.tilt(r, kl_weight=alpha) for r in rewards)], schedule)
-    log_joint = lattice.log_base + lattice.log_kernel(x, schedule.alpha(t), schedule.sigma(t))
-    gain = schedule.alpha(t) / schedule.sigma(t).square()
-
-    def gap(values: Tensor) -> Tensor:
-        """Return (a/s^2) Cov(v - r/alpha, x_0 | x) by integration, for r/alpha at the nodes."""
-        before, after = log_joint.softmax(-1), (log_joint + values).softmax(-1)
-        centred = values - (before @ values)[:, None]
-        return gain * ((after - before - before * centred) @ lattice.nodes)
-
-    def target_score(factor: float) -> Tensor:
-        target = problem.base.tilt(combine(rewards, weights) * factor, kl_weight=alpha)
-        return target.noised(schedule, t).score(x)
-
-    gaps = [gap(values / alpha) for values in lattice.rewards]
+    base, alpha, rewards = problem.base, problem.kl_weight, [reward.closed for reward in problem.rewards]
+    share = uniform(generator, 0.2, 1.0, len(rewards))
+    weights, strength = (share / share.sum()).tolist(), float(uniform(generator, 0.3, 1.6))
+    stack = MixtureStack([base, *(base.tilt(r, kl_weight=alpha) for r in rewards)], schedule)
+    given = Given(lattice, schedule, t, x)
     whole = torch.tensor(weights, dtype=torch.float64) @ lattice.rewards / alpha
-    mean_gap = sum(weight * g for weight, g in zip(weights, gaps, strict=True))
+    mean_gap = sum(w * given.gap(values / alpha) for w, values in zip(weights, lattice.rewards, strict=True))
     for factor, name in ((1.0, "preference (strength 1)"), (strength, "preference and strength")):
-        reference = gap(factor * whole) - factor * mean_gap
         score = Blend(stack, Preference(weights, strength=factor))(x, t)
         if factor == 1:
             broken = Blend(stack, Preference(weights[1:] + weights[:1]))(x, t)
         else:
             broken = score - (1 - factor) * stack(x, t, [0])[0]
-        exact = target_score(factor)
-        errors.add(name, worst(exact - score, reference), worst(exact - broken, reference))
+        exact = base.tilt(combine(rewards, weights) * factor, kl_weight=alpha).noised(schedule, t).score(x)
+        errors.compare(name, exact - score, exact - broken, given.gap(factor * whole) - factor * mean_gap)
 
 
 def _dimensions(problem: RawProblem, generator: torch.Generator, errors: Differences) -> None:
@@ -140,10 +123,11 @@ def _dimensions(problem: RawProblem, generator: torch.Generator, errors: Differe
     x = draw_points(generator, problem, schedule, t, 16)
     stack = MixtureStack([problem.base, *(problem.base.tilt(r, kl_weight=alpha) for r in rewards)], schedule)
     target = problem.base.tilt(combine(rewards, weights), kl_weight=alpha)
-    error = target.noised(schedule, t).score(x) - Blend(stack, Preference(weights))(x, t)
+    blend = Blend(stack, Preference([w / sum(weights) for w in weights], strength=sum(weights)))
+    error = target.noised(schedule, t).score(x) - blend(x, t)
     reference = blend_gap(problem.base, rewards, weights, alpha, schedule, x, t)
     alone = jensen_gap(problem.base, combine(rewards, weights), alpha, schedule, x, t)
-    errors.add("same in 3 to 6 dimensions", worst(error, reference), worst(error, alone))
+    errors.compare("same in 3 to 6 dimensions", reference, alone, error)
 
 
 def _trap(base: GaussianMixture, sign: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -173,7 +157,6 @@ def _trap(base: GaussianMixture, sign: int, generator: torch.Generator) -> tuple
 def figure(outcome: Outcome) -> Figure:
     """Draw blend error and mean reward's gap over time, and all differences against the bound."""
     from proofs_checks.harness import figures
-    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)
@@ -183,6 +166,6 @@ def figure(outcome: Outcome) -> Figure:
         left.semilogy(data["t"], mean, color=figures.BROKEN, lw=1.1, ls="--",
                       label="gap of the mean reward alone" if first else None)  # fmt: skip
     figures.label(left, "Two rewards that pull apart, drawn mixtures", "time t (0 data, 1 noise)",
-                  "g times root mean square", ncols=2, **BELOW)  # fmt: skip
-    differences(right, data["differences"], data["bound"])
+                  "g times root mean square", ncols=2, **figures.BELOW)  # fmt: skip
+    figures.differences(right, data["differences"], data["bound"])
     return picture

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Differences, Measurement, Outcome, Settings, worst
 from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import Differences, draw_points, draw_problem, draw_time, schedules, worst
+from proofs_checks.harness.quadrature import draw_points, draw_problem, draw_states
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, VPLinear, solve, time_grid
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, control, jensen_gap
 from toy.scores.stack import MixtureStack
@@ -85,10 +85,9 @@ def _gaussian(dim: int, generator: torch.Generator, errors: Differences) -> None
     base, alpha = problem.base, problem.kl_weight
     bent = [reward.closed for reward in problem.rewards]
     straight = [QuadraticReward(reward.linear, constant=reward.constant) for reward in problem.rewards]
-    weights, strength = uniform(generator, 0.1, 0.9, 2).tolist(), float(uniform(generator, 0.2, 1.5))
-    for schedule in schedules().values():
-        t = draw_time(generator, schedule)
-        x = draw_points(generator, problem, schedule, t, 8)
+    share = uniform(generator, 0.1, 0.9, 2)
+    weights, strength = (share / share.sum()).tolist(), float(share.sum() * uniform(generator, 0.2, 1.5))
+    for schedule, t, x in draw_states(generator, problem, 8):
         scores, gaps = [], []
         for rewards in (straight, bent):
             stack = MixtureStack([base, *(base.tilt(r, kl_weight=alpha) for r in rewards)], schedule)
@@ -105,17 +104,15 @@ def _ends(dim: int, generator: torch.Generator, errors: Differences) -> None:
     """Strength 0 and 1 on a mixture, and strengths a little off as the control."""
     problem = draw_problem(generator, dim=dim)
     member = problem.base.tilt(problem.rewards[0].closed, kl_weight=problem.kl_weight)
-    for schedule in schedules().values():
-        t = draw_time(generator, schedule)
-        x = draw_points(generator, problem, schedule, t, 8)
+    for schedule, t, x in draw_states(generator, problem, 8):
         stack = MixtureStack([problem.base, member], schedule)
         for strength, off, law, name in (
             (0.0, 0.1, problem.base, "strength 0 is the base"),
             (1.0, 0.9, member, "strength 1 is the member"),
         ):
             exact = law.noised(schedule, t).score(x)
-            blends = [Blend(stack, Preference([1.0], strength=value))(x, t) for value in (strength, off)]
-            errors.add(name, *(worst(blend, exact) for blend in blends))
+            right, wrong = (Blend(stack, Preference([1.0], strength=value))(x, t) for value in (strength, off))
+            errors.compare(name, right, wrong, exact)
 
 
 def _sample(laws: list[GaussianMixture], preference: Preference, count: int, generator: torch.Generator) -> Tensor:
@@ -198,7 +195,6 @@ def _over_strength(settings: Settings) -> dict[str, Any]:
 def figure(outcome: Outcome) -> Figure:
     """Draw the error of the blend over strength, and one Gaussian's blend end to end."""
     from proofs_checks.harness import figures
-    from proofs_checks.harness.figures_page import BELOW
 
     data, run = outcome.data, outcome.data["run"]
     picture, (left, right) = figures.panels(2)
@@ -210,7 +206,7 @@ def figure(outcome: Outcome) -> Figure:
         left.axvline(place, color=figures.BASE, ls=":", lw=1)
     left.set_ylim(-0.02, None)
     title = "Error of the blended score, t = 0.25"
-    figures.label(left, title, "strength", "error / size of the score", ncols=2, **BELOW)
+    figures.label(left, title, "strength", "error / size of the score", ncols=2, **figures.BELOW)
     right.hist(run["samples"], bins=60, density=True, color=figures.LIGHT, alpha=0.7, label="samples of the blend")
     styles = {"base": (figures.BASE, ":"), "member 1": (figures.OTHER, "--"), "member 2": (figures.PINK, "-."),
               "exact target": (figures.EXACT, "-")}  # fmt: skip
@@ -220,5 +216,5 @@ def figure(outcome: Outcome) -> Figure:
     shown = run["x"][sum(run["laws"].values()) > 1e-3]
     right.set_xlim(shown.min(), shown.max())
     title = f"One Gaussian end to end, strength {run['strength']:.2f}"
-    figures.label(right, title, "x (units of the data)", "density", ncols=3, **BELOW)
+    figures.label(right, title, "x (units of the data)", "density", ncols=3, **figures.BELOW)
     return picture

@@ -7,20 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Outcome, Settings
+from proofs_checks.harness.check import Differences, Outcome, Settings
 from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import (
-    Differences,
-    Lattice,
-    RawProblem,
-    draw_points,
-    draw_problem,
-    draw_time,
-    gradient,
-    schedules,
-    worst,
-)
-from sdeblend import NoiseSchedule
+from proofs_checks.harness.quadrature import Given, Lattice, RawProblem, draw_problem, draw_states, gradient
+from sdeblend import NoiseSchedule, VPLinear
 from toy import control
 
 if TYPE_CHECKING:
@@ -63,48 +53,34 @@ def check(settings: Settings) -> Outcome:
         for _ in range(count):
             problem = draw_problem(generator, dim=dim)
             lattice = Lattice(problem)
-            for schedule in schedules().values():
-                _control(problem, lattice, schedule, generator, errors)
+            for state in draw_states(generator, problem, 6):
+                _control(problem, lattice, *state, errors)
             for _ in range(4):
                 _objective(problem, lattice, generator, errors)
     return Outcome(errors.measurements(), {**errors.data, **_illustration(settings)})
 
 
 def _control(
-    problem: RawProblem,
-    lattice: Lattice,
-    schedule: NoiseSchedule,
-    generator: torch.Generator,
-    errors: Differences,
+    problem: RawProblem, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor, errors: Differences
 ) -> None:
-    """The control and the scalar identity at one drawn time of one schedule."""
-    reward, alpha = problem.rewards[0].closed, problem.kl_weight
-    t = draw_time(generator, schedule)
-    a, s = schedule.alpha(t), schedule.sigma(t)
-    x = draw_points(generator, problem, schedule, t, 6).requires_grad_()
-    log_expected = _log_expected(problem, lattice, x, a, s)
-    u = gradient(log_expected, x)
-    x, log_expected = x.detach(), log_expected.detach()
+    """The control and the scalar identity."""
+    base, reward, alpha = problem.base, problem.rewards[0].closed, problem.kl_weight
+    values, x = lattice.rewards[0] / alpha, x.requires_grad_()
+    given = Given(lattice, schedule, t, x)
+    log_expected = given.log_expected(values)
+    u, log_expected = gradient(log_expected, x), log_expected.detach()
+    x = x.detach()
 
-    tilted = problem.base.tilt(reward, kl_weight=alpha)
-    base_t, tilted_t = problem.base.noised(schedule, t), tilted.noised(schedule, t)
+    base_t, tilted_t = base.noised(schedule, t), base.tilt(reward, kl_weight=alpha).noised(schedule, t)
     log_ratio = tilted_t.log_prob(x) - base_t.log_prob(x)
-    log_z = problem.base.log_normalizer(reward, kl_weight=alpha)
-    errors.add("scalar identity", worst(log_ratio + log_z, log_expected), worst(log_ratio, log_expected))
+    errors.compare("scalar identity", log_ratio + base.log_normalizer(reward, kl_weight=alpha), log_ratio, log_expected)
 
     difference = tilted_t.score(x) - base_t.score(x)
-    errors.add("score of the tilt less score of the base", worst(difference, u), worst(-difference, u))
+    errors.compare("score of the tilt less score of the base", difference, -difference, u)
 
-    before = (lattice.log_base + lattice.log_kernel(x, a, s)).softmax(-1)
-    after = (lattice.log_base + lattice.log_kernel(x, a, s) + lattice.rewards[0] / alpha).softmax(-1)
-    shift = (after - before) @ lattice.nodes
-    closed = control(problem.base, reward, alpha, schedule, x, t)
-    errors.add("control as a covariance", worst(closed, a / s**2 * shift), worst(closed, shift / s**2))
-
-
-def _log_expected(problem: RawProblem, lattice: Lattice, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    joint = lattice.log_base + lattice.log_kernel(x, a, s)
-    return (joint + lattice.rewards[0] / problem.kl_weight).logsumexp(-1) - joint.logsumexp(-1)
+    shift = given.control(values).detach()
+    closed = control(base, reward, alpha, schedule, x, t)
+    errors.compare("control as a covariance", shift, shift / schedule.alpha(t), closed)
 
 
 def _objective(problem: RawProblem, lattice: Lattice, generator: torch.Generator, errors: Differences) -> None:
@@ -119,22 +95,21 @@ def _objective(problem: RawProblem, lattice: Lattice, generator: torch.Generator
     best = alpha * torch.tensor(problem.base.log_normalizer(reward, kl_weight=alpha), dtype=torch.float64)
     forth = lattice.mean(log_rival, log_rival - log_optimum)
     back = lattice.mean(log_optimum, log_optimum - log_rival)
-    right, wrong = (worst(objective + alpha * divergence, best) for divergence in (forth, back))
-    errors.add("objective below its optimum by alpha KL", right, wrong)
+    errors.compare("objective below its optimum by alpha KL", objective + alpha * forth, objective + alpha * back, best)
 
 
 def _illustration(settings: Settings) -> dict[str, object]:
     """The control of one drawn problem on the line, both ways."""
     generator = settings.generator("proposition_1 figure")
-    problem, schedule = draw_problem(generator, dim=1, components=3), schedules()["vp-linear"]
+    problem, schedule = draw_problem(generator, dim=1, components=3), VPLinear()
     lattice, reward = Lattice(problem), problem.rewards[0].closed
     x = torch.linspace(-3.0, 3.0, 241, dtype=torch.float64)[:, None]
     few = x[::12].clone().requires_grad_()
     curves, dots = [], []
     for t in TIMES:
         curves.append(control(problem.base, reward, problem.kl_weight, schedule, x, t)[:, 0].numpy())
-        log_expected = _log_expected(problem, lattice, few, schedule.alpha(t), schedule.sigma(t))
-        dots.append(gradient(log_expected, few)[:, 0].numpy())
+        given = Given(lattice, schedule, torch.tensor(t, dtype=torch.float64), few)
+        dots.append(gradient(given.log_expected(lattice.rewards[0] / problem.kl_weight), few)[:, 0].numpy())
     return {"x": x[:, 0].numpy(), "dots": few.detach()[:, 0].numpy(), "control": curves, "control_dots": dots,
             "times": TIMES, "kl_weight": problem.kl_weight}  # fmt: skip
 
@@ -142,7 +117,6 @@ def _illustration(settings: Settings) -> dict[str, object]:
 def figure(outcome: Outcome) -> Figure:
     """Draw the control at three times both ways, and all differences against the bound."""
     from proofs_checks.harness import figures
-    from proofs_checks.harness.figures_page import BELOW, differences
 
     data = outcome.data
     picture, (left, right) = figures.panels(2)
@@ -153,6 +127,6 @@ def figure(outcome: Outcome) -> Figure:
         left.plot(data["dots"], dots, "o", ms=3.5, mfc="none", color=colour)
     left.plot([], [], "o", ms=3.5, mfc="none", color=figures.EXACT, label="autograd of the integral")
     title = f"Control of one drawn problem, alpha = {data['kl_weight']:.2f}"
-    figures.label(left, title, "noisy state x", "control u", ncols=2, **BELOW)
-    differences(right, data["differences"], data["bound"])
+    figures.label(left, title, "noisy state x", "control u", ncols=2, **figures.BELOW)
+    figures.differences(right, data["differences"], data["bound"])
     return picture

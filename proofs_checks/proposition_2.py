@@ -12,7 +12,6 @@ Source: Diffusion Blend 2505.18547, Proposition 2 and Algorithm 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Measurement, Outcome, Settings, slope
 from proofs_checks.harness.draw import Drawn, draw_line, draw_space, uniform
+from proofs_checks.harness.quadrature import gradient
 from sdeblend import (
     BackwardSDE,
     Blend,
@@ -72,65 +72,29 @@ def check(settings: Settings) -> Outcome:
         line_distances(problem, settings.generator(f"proposition_2.shared.{i}"), sequences)
         for i, problem in enumerate(problems)
     ]
-    slopes = [{name: slope(STEPS, row) for name, row in table.items()} for table in tables]
+    orders = [{name: -slope(STEPS, row) for name, row in table.items()} for table in tables]
     ring = _ring(settings)
 
-    def worst(name: str) -> float:
-        return max(abs(row[name] - 1) for row in slopes)
+    def rate(name: str) -> Measurement:
+        off, wrong = (max(abs(row[key] - 1) for row in orders) for key in (name, "wrong"))
+        return Measurement(f"{name} draws: |order - 1|, least squares over {len(STEPS)} grids", off, "<=", 0.15,
+                           f"probabilities off by {WRONG_SHARE}", wrong)  # fmt: skip
 
-    shared = min(table["shared"][-1] / table["independent"][-1] for table in tables)
+    shared, systematic = (min(t[name][-1] / t["independent"][-1] for t in tables) for name in ("shared", "systematic"))
     measurements = [
-        Measurement(
-            "one-step covariance less its formula (relative)",
-            step_error,
-            "<=",
-            1e-10,
-            "h g^4 for h^2 g^4",
-            step_control,
-        ),
-        Measurement(
-            "a member's frequency less its weight (standard errors)",
-            frequency,
-            "<=",
-            5,
-            "weights swapped",
-            frequency_control,
-        ),
-        Measurement(
-            "independent draws: |order - 1|, least squares over 4 grids",
-            worst("independent"),
-            "<=",
-            0.15,
-            f"probabilities off by {WRONG_SHARE}",
-            worst("wrong"),
-        ),
-        Measurement(
-            "systematic draws: |order - 1|, least squares over 4 grids",
-            worst("systematic"),
-            "<=",
-            0.15,
-            f"probabilities off by {WRONG_SHARE}",
-            worst("wrong"),
-        ),
-        Measurement(
-            f"shared over independent draws, TV at {STEPS[-1]} steps",
-            shared,
-            ">=",
-            3,
-            "systematic for shared",
-            min(table["systematic"][-1] / table["independent"][-1] for table in tables),
-        ),
-        Measurement(
-            "ring8: covariance error, independent over systematic",
-            ring["independent"] / ring["systematic"],
-            ">=",
-            5,
-            "independent for systematic",
-            ring["independent"] / ring["again"],
-        ),
-    ]
+        Measurement("one-step covariance less its formula (relative)", step_error, "<=", 1e-10,
+                    "h g^4 for h^2 g^4", step_control),
+        Measurement("a member's frequency less its weight (standard errors)", frequency, "<=", 5,
+                    "weights swapped", frequency_control),
+        rate("independent"),
+        rate("systematic"),
+        Measurement(f"shared over independent draws, TV at {STEPS[-1]} steps", shared, ">=", 3,
+                    "systematic for shared", systematic),
+        Measurement("ring8: covariance error, independent over systematic", ring["independent"] / ring["systematic"],
+                    ">=", 5, "independent for systematic", ring["independent"] / ring["again"]),
+    ]  # fmt: skip
     gain = [table["independent"][k] / table["systematic"][k] for table in tables for k in range(len(STEPS))]
-    order = sum(row["shared"] for row in slopes) / len(slopes)
+    order = sum(row["shared"] for row in orders) / len(orders)
     findings = [
         f"a draw shared by the batch has order {order:.2f} (1/2 expected), mean over {sequences} draws a problem",
         f"on the line systematic draws are {min(gain):.1f} to {max(gain):.1f} times closer in total variation: "
@@ -138,57 +102,40 @@ def check(settings: Settings) -> Outcome:
         f"ring8, alpha .25, {RING_STEPS} steps, covariance error against the blend on the same noise: independent "
         f"{ring['independent']:.4f}, systematic {ring['systematic']:.4f}, shared {ring['shared']:.4f}",
     ]
-    return Outcome(measurements, {"steps": list(STEPS), "tables": tables, "ring": ring}, findings)
+    return Outcome(measurements, {"table": tables[0], "ring": ring}, findings)
 
 
 def figure(outcome: Outcome) -> Figure:
     """Distances on the line against the number of steps, and covariance errors on the ring."""
     from proofs_checks.harness import figures
 
-    table, steps, ring = outcome.data["tables"][0], outcome.data["steps"], outcome.data["ring"]
-    fig, (left, right) = figures.panels(2)
+    table, ring = outcome.data["table"], outcome.data["ring"]
+    picture, (left, right) = figures.panels(2)
     styles = {
-        "shared": (figures.OTHER, "^", "one draw for the batch"),
-        "independent": (figures.BLEND, "o", "independent draws"),
-        "systematic": (figures.GOOD, "s", "systematic draws"),
-        "wrong": (figures.BROKEN, "x", f"control: probabilities off by {WRONG_SHARE}"),
+        "shared": (figures.OTHER, "^-", "one draw for the batch"),
+        "independent": (figures.BLEND, "o-", "independent draws"),
+        "systematic": (figures.GOOD, "s-", "systematic draws"),
+        "wrong": (figures.BROKEN, "x--", f"control: probabilities off by {WRONG_SHARE}"),
     }
-    for name, (colour, marker, text) in styles.items():
-        left.loglog(
-            steps, table[name], color=colour, marker=marker, label=text, linestyle="--" if name == "wrong" else "-"
-        )
-    first = table["independent"][0]
-    left.loglog(steps, [first * steps[0] / n for n in steps], color=figures.EXACT, linestyle=":", label="slope -1")
-    left.set_xticks(steps, [str(n) for n in steps], minor=False)
-    left.set_xticks([], minor=True)
+    for name, (colour, style, words) in styles.items():
+        left.loglog(STEPS, table[name], style, color=colour, label=words)
+    guide = [table["independent"][0] * STEPS[0] / n for n in STEPS]
+    left.loglog(STEPS, guide, color=figures.EXACT, linestyle=":", label="slope -1")
+    figures.ticks(left, STEPS)
     figures.label(left, "On the line, laws by quadrature", "steps n", "total variation to the blend", loc="lower left")
     left.set_ylim(bottom=min(table["systematic"]) / 12)
     names = ("shared", "independent", "systematic")
-    right.bar(range(3), [ring[name] for name in names], color=[styles[name][0] for name in names], width=0.6)
-    right.errorbar(
-        range(3),
-        [ring[name] for name in names],
-        [2 * ring[name + "_se"] for name in names],
-        fmt="none",
-        color=figures.EXACT,
-        capsize=4,
-        label="two standard errors",
-    )
+    sizes, errors = [ring[name] for name in names], [2 * ring[name + "_se"] for name in names]
+    right.bar(range(3), sizes, color=[styles[name][0] for name in names], width=0.6)
+    right.errorbar(range(3), sizes, errors, fmt="none", color=figures.EXACT, capsize=4, label="two standard errors")
     right.axhline(ring["independent"] / 5, color=figures.BROKEN, linestyle="--", label="bound: a fifth of independent")
     right.set_yscale("log")
-    right.set_ylim(top=6 * max(ring[name] for name in names))
+    right.set_ylim(top=6 * max(sizes))
     right.set_xticks(range(3), names)
     figures.label(
         right, f"ring8, {RING_STEPS} steps, same noise", "how members are drawn", "covariance error (Frobenius)"
     )
-    return fig
-
-
-def slope(steps: tuple[int, ...], errors: list[float]) -> float:
-    """Return the order p of errors ~ steps^-p, by least squares in logarithms."""
-    x = torch.tensor(steps, dtype=torch.float64).log()
-    y = torch.tensor(errors, dtype=torch.float64).log()
-    return -float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    return picture
 
 
 def _one_step(settings: Settings) -> tuple[float, float, float, float]:
@@ -205,7 +152,8 @@ def _one_step(settings: Settings) -> tuple[float, float, float, float]:
     )
     end = solve(BackwardSDE(schedule, one), start, grid, noise=ReplayNoise([torch.zeros_like(start)])).samples
     measured = torch.cov(end.T, correction=0)
-    scores = torch.stack([_autograd_score(member.noised(schedule, t).log_prob, x) for member in drawn.laws])
+    point = x.clone().requires_grad_()
+    scores = torch.stack([gradient(member.noised(schedule, t).log_prob(point), point) for member in drawn.laws])
     count = torch.bincount(one.index[0].long(), minlength=len(scores)).double()
     share = count / rows
     centred = scores - share @ scores
@@ -215,11 +163,6 @@ def _one_step(settings: Settings) -> tuple[float, float, float, float]:
     w = drawn.coefficients
     z, swapped = (float(((share - p) / (p * (1 - p) / rows).sqrt()).abs().max()) for p in (w, w.roll(1)))
     return error, control, z, swapped
-
-
-def _autograd_score(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    point = x.clone().requires_grad_()
-    return torch.autograd.grad(log_prob(point), point)[0]
 
 
 def _draw_rational(settings: Settings, i: int) -> Drawn:
@@ -249,8 +192,8 @@ def line_distances(
     # Both chains start from the same law and stop at t = .05: laws agree there or nowhere, and wide nodes will do.
     schedule, w = VPLinear(t_min=0.05), drawn.coefficients[1:]
     wrong = w + torch.tensor([WRONG_SHARE, -WRONG_SHARE], dtype=torch.float64)
-    out: dict[str, list[float]] = {name: [] for name in ("independent", "systematic", "shared", "wrong")}
-    out |= {"blend to target": [], "control to target": []}
+    names = ("independent", "systematic", "shared", "wrong", "blend to target", "control to target")
+    out: dict[str, list[float]] = {name: [] for name in names}
     for n in steps:
         moves = EulerMaruyama().plan(schedule, time_grid(schedule, n, to_zero=False))
         nodes = line_nodes(moves)
@@ -292,17 +235,13 @@ def _ring(settings: Settings) -> dict[str, float]:
     start, seed = schedule.prior((batch, 2), generator=generator), int(torch.randint(2**31, (), generator=generator))
 
     def run(score: ScoreFunction) -> Tensor:
-        return solve(
-            BackwardSDE(schedule, score), start, grid, noise=torch.Generator().manual_seed(seed)
-        ).samples.double()
+        noise = torch.Generator().manual_seed(seed)
+        return solve(BackwardSDE(schedule, score), start, grid, noise=noise).samples.double()
 
     blend, out = run(Blend(stack, w)), {}
     methods: dict[str, Selection] = {
-        "independent": "independent",
-        "again": "independent",
-        "systematic": "systematic",
-        "shared": "shared",
-    }
+        "independent": "independent", "again": "independent", "systematic": "systematic", "shared": "shared",
+    }  # fmt: skip
     for name, method in methods.items():
         samples = run(OneMemberPerStep(stack, w, grid, batch, method=method, generator=generator))
         parts = torch.stack(

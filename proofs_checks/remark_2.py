@@ -10,16 +10,17 @@ As alpha falls the tilt settles on one component; then u grows like 1/alpha at m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Measurement, Outcome, Settings, slope
 from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import Lattice, Numbers, RawProblem, draw_points, draw_problem
-from sdeblend import VPLinear
-from toy import control, jensen_gap
+from proofs_checks.harness.quadrature import Given, Lattice, Numbers, RawProblem, draw_points, draw_problem
+from sdeblend import NoiseSchedule, VPLinear
+from toy import GaussianMixture, QuadraticReward, control, jensen_gap
 
 if TYPE_CHECKING:
     from proofs_checks.harness.figures import Figure
@@ -43,7 +44,7 @@ FALSIFIED_BY = (
     "from -1 for strong ones (alpha 1e-5 to 1e-4), or a remainder after the leading term that does not fall like "
     "alpha^-3"
 )
-WEAK, STRONG = (30.0, 1000.0), (1e-5, 1e-4)
+WEAK, STRONG, SWEEP = (30.0, 1000.0), (1e-5, 1e-4), (1e-5, 1e3)
 WEAK_BOUND, STRONG_BOUND, REMAINDER_BOUND = 0.05, 0.1, 0.1
 TIMES = (0.1, 0.25, 0.5)
 
@@ -53,36 +54,28 @@ def check(settings: Settings) -> Outcome:
     generator = settings.generator("remark_2")
     schedule = VPLinear()
     rows: dict[str, list[float]] = {name: [] for name in ("weak", "u", "strong", "lead", "rest", "no half")}
-    sweep = torch.logspace(-5, 3, 48, dtype=torch.float64)
+    weak, strong, sweep = (_alphas(*ends, n) for ends, n in ((WEAK, 8), (STRONG, 8), (SWEEP, 25)))
     curves, controls = [], []
     for i in range(settings.choose(6, 18)):
         problem = _draw(generator, 1 + i % 2, bent=i % 4 < 2)
-        base, reward = problem.base, problem.rewards[0].closed
         t = torch.tensor(TIMES[i % len(TIMES)], dtype=torch.float64)
         x = draw_points(generator, problem, schedule, t, 48)
-        leading = _leading(problem, x, schedule.alpha(t), schedule.sigma(t))
-
-        def gaps(alphas: Tensor, base=base, reward=reward, x=x, t=t) -> Tensor:  # type: ignore[no-untyped-def]
-            return torch.stack([jensen_gap(base, reward, float(alpha), schedule, x, t) for alpha in alphas])
-
-        def controls_at(alphas: Tensor, base=base, reward=reward, x=x, t=t) -> Tensor:  # type: ignore[no-untyped-def]
-            return torch.stack([control(base, reward, float(alpha), schedule, x, t) for alpha in alphas])
-
-        weak, strong = (
-            torch.logspace(math.log10(low), math.log10(high), 8, dtype=torch.float64) for low, high in (WEAK, STRONG)
-        )
-        powers = weak[:, None, None] ** -2
-        rows["weak"].append(_slope(weak, gaps(weak)))
-        rows["u"].append(_slope(weak, controls_at(weak)))
-        rows["strong"].append(_slope(strong, gaps(strong)))
-        rows["lead"].append(_slope(strong, leading * strong[:, None, None] ** -2))
-        rows["rest"].append(_slope(weak, gaps(weak) - leading * powers))
-        rows["no half"].append(_slope(weak, gaps(weak) - 2 * leading * powers))
-        curves.append(_rms(gaps(sweep)).numpy())
-        controls.append(_rms(controls_at(sweep)).numpy())
+        lattice = Lattice(problem)
+        given = Given(lattice, schedule, t, x)
+        leading = given.gain / 2 * given.third(lattice.rewards[0])
+        state = problem.base, problem.rewards[0].closed, schedule, x, t
+        gap, at_weak = _over(jensen_gap, weak, *state), leading * weak[:, None, None] ** -2
+        rows["weak"].append(slope(weak, _rms(gap)))
+        rows["u"].append(slope(weak, _rms(_over(control, weak, *state))))
+        rows["strong"].append(slope(strong, _rms(_over(jensen_gap, strong, *state))))
+        rows["lead"].append(slope(strong, _rms(leading * strong[:, None, None] ** -2)))
+        rows["rest"].append(slope(weak, _rms(gap - at_weak)))
+        rows["no half"].append(slope(weak, _rms(gap - 2 * at_weak)))
+        curves.append(_rms(_over(jensen_gap, sweep, *state)).numpy())
+        controls.append(_rms(_over(control, sweep, *state)).numpy())
 
     def off(name: str, order: float) -> float:
-        return max(abs(slope - order) for slope in rows[name])
+        return max(abs(found - order) for found in rows[name])
 
     measurements = [
         Measurement("weak tilts: slope of the gap, distance from -2", off("weak", -2), "<=", WEAK_BOUND,
@@ -93,7 +86,7 @@ def check(settings: Settings) -> Outcome:
                     "leading term without its half", off("no half", -3)),
     ]  # fmt: skip
     usual = (sweep >= 0.1) & (sweep <= 1)
-    between = [_fit(sweep[usual], torch.as_tensor(curve)[usual]) for curve in curves]
+    between = [slope(sweep[usual], torch.as_tensor(curve)[usual]) for curve in curves]
     findings = [
         f"measured slopes: weak {min(rows['weak']):.3f} to {max(rows['weak']):.3f}, "
         f"strong {min(rows['strong']):.3f} to {max(rows['strong']):.3f}, over {len(curves)} drawn problems",
@@ -112,15 +105,21 @@ def _draw(generator: torch.Generator, dim: int, bent: bool) -> RawProblem:
     return RawProblem(problem.weights, problem.means, problem.covariances, (reward,), 1.0)
 
 
-def _leading(problem: RawProblem, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Return (a / (2 s^2)) kappa_3(r, r, x_0 | x), (B, d), by integration."""
-    lattice = Lattice(problem)
-    weights = (lattice.log_base + lattice.log_kernel(x, a, s)).softmax(-1)
-    reward = lattice.rewards[0] - (weights @ lattice.rewards[0])[:, None]
-    mean = weights @ lattice.nodes
-    squares = weights * reward.square()
-    third = squares @ lattice.nodes - squares.sum(-1, keepdim=True) * mean
-    return a / (2 * s * s) * third
+def _alphas(low: float, high: float, count: int) -> Tensor:
+    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
+
+
+def _over(
+    function: Callable[..., Tensor],
+    alphas: Tensor,
+    base: GaussianMixture,
+    reward: QuadraticReward,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    t: Tensor,
+) -> Tensor:
+    """Return the control or the gap at each KL weight, (A, B, d)."""
+    return torch.stack([function(base, reward, float(alpha), schedule, x, t) for alpha in alphas])
 
 
 def _rms(values: Tensor) -> Tensor:
@@ -128,22 +127,11 @@ def _rms(values: Tensor) -> Tensor:
     return values.square().sum(-1).mean(-1).sqrt()
 
 
-def _slope(alphas: Tensor, values: Tensor) -> float:
-    """Return the least-squares slope of log rms over log alpha."""
-    return _fit(alphas, _rms(values))
-
-
-def _fit(alphas: Tensor, sizes: Tensor) -> float:
-    x = alphas.log() - alphas.log().mean()
-    return float((x * sizes.log()).sum() / x.square().sum())
-
-
 def figure(outcome: Outcome) -> Figure:
     """Draw gap and control over the KL weight, and the local slope of the gap."""
     import numpy as np
 
     from proofs_checks.harness import figures
-    from proofs_checks.harness.figures_page import BELOW
 
     data = outcome.data
     alpha = data["alpha"]
@@ -155,13 +143,13 @@ def figure(outcome: Outcome) -> Figure:
         middle = np.sqrt(alpha[1:] * alpha[:-1])
         right.semilogx(middle, local, color=figures.EXACT, lw=0.9, label="one drawn problem" if i == 0 else None)
     typical = np.exp(np.mean(np.log(data["gap"]), axis=0))
-    guides = ((alpha[24:], -1, -2, figures.BLEND, "-."), (alpha[:30], 0, -1, figures.OTHER, ":"))
+    guides = ((alpha[12:], -1, -2, figures.BLEND, "-."), (alpha[:16], 0, -1, figures.OTHER, ":"))
     for part, end, order, colour, line in guides:
         guide = 3 * typical[end] * (part / alpha[end]) ** order
         left.loglog(part, guide, color=colour, ls=line, lw=2, label=f"slope {order}")
     bands = ((WEAK, -2, WEAK_BOUND, figures.BLEND, "weak"), (STRONG, -1, STRONG_BOUND, figures.OTHER, "strong"))
     for ends, order, bound, colour, name in bands:
         right.fill_between(ends, order - bound, order + bound, color=colour, alpha=0.45, label=f"bound, {name} tilts")
-    figures.label(left, "Size of the gap", "KL weight alpha", "root mean square over states", ncols=2, **BELOW)
-    figures.label(right, "Its local slope", "KL weight alpha", "d log gap / d log alpha", ncols=3, **BELOW)
+    figures.label(left, "Size of the gap", "KL weight alpha", "root mean square over states", ncols=2, **figures.BELOW)
+    figures.label(right, "Its local slope", "KL weight alpha", "d log gap / d log alpha", ncols=3, **figures.BELOW)
     return picture

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, computed_field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+# What two sides of an identity may differ by.
+ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -53,21 +59,7 @@ class Measurement:
     control: str
     control_value: float
 
-    @property
-    def holds(self) -> bool:
-        """Whether the statement's number meets its bound (never true for NaN)."""
-        return self._meets(self.value)
-
-    @property
-    def has_power(self) -> bool:
-        """Whether the broken version was rejected."""
-        return math.isfinite(self.value) and not self._meets(self.control_value)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the number meets the bound and the control does not."""
-        return self.holds and self.has_power
-
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def margin(self) -> float:
         """How far the number is on the right side, as a factor (1 = on the bound, below 1 = violated)."""
@@ -75,6 +67,24 @@ class Measurement:
         if low <= 0:
             return math.inf if high > low else 0.0
         return high / low
+
+    @property
+    def holds(self) -> bool:
+        """Whether the statement's number meets its bound (never true for NaN)."""
+        return self._meets(self.value)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def control_rejected(self) -> bool:
+        """Whether the broken version was rejected (never true where there is no number to reject)."""
+        known = math.isfinite(self.value) and not math.isnan(self.control_value)
+        return known and not self._meets(self.control_value)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether the number meets the bound and the control does not."""
+        return self.holds and self.control_rejected
 
     def _meets(self, value: float) -> bool:
         return value <= self.bound if self.relation == "<=" else value >= self.bound
@@ -92,11 +102,68 @@ class Outcome:
     """
 
     measurements: list[Measurement]
-    data: dict[str, Any] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
+    data: Annotated[dict[str, Any], Field(exclude=True)] = Field(default_factory=dict)
+    findings: list[str] = Field(default_factory=list)
     seconds: float = 0.0
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def passed(self) -> bool:
         """Whether every measurement passed; a check that measured nothing has not passed."""
         return bool(self.measurements) and all(m.passed for m in self.measurements)
+
+
+class Differences:
+    """Largest differences by name, of what is checked and of what was broken on purpose.
+
+    Args:
+        controls: name -> what its control breaks, in the order of the table.
+        bound: what a difference must not exceed.
+    """
+
+    def __init__(self, controls: Mapping[str, str], bound: float = ROUNDING) -> None:
+        self.controls, self.bound = controls, bound
+        self.largest = dict.fromkeys(controls, (0.0, 0.0))
+        self.count = dict.fromkeys(controls, 0)
+
+    def add(self, name: str, right: float, wrong: float) -> None:
+        """Add one difference of the statement and of its control; a NaN stays."""
+        self.count[name] += 1
+        old = self.largest[name]
+        self.largest[name] = (_larger(right, old[0]), _larger(wrong, old[1]))
+
+    def compare(self, name: str, right: Tensor, wrong: Tensor, reference: Tensor) -> None:
+        """Add how far the statement's side and the control's are from the reference, computed another way."""
+        self.add(name, worst(right, reference), worst(wrong, reference))
+
+    def measurements(self) -> list[Measurement]:
+        """Return one line of the table each; a name without any difference is NaN and fails."""
+        return [
+            Measurement(
+                f"{name}: relative difference", right if self.count[name] else math.nan, "<=", self.bound,
+                self.controls[name], wrong,
+            )
+            for name, (right, wrong) in self.largest.items()
+        ]  # fmt: skip
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What ``figures.differences`` draws."""
+        return {"differences": self.largest, "bound": self.bound}
+
+
+def _larger(a: float, b: float) -> float:
+    # max() drops a NaN that comes second; a difference that is no number must fail the check.
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def worst(measured: Tensor, reference: Tensor) -> float:
+    """Return max |measured - reference| / (1 + |reference|): absolute where small, relative where large."""
+    return float(((measured - reference).abs() / (1 + reference.abs())).max())
+
+
+def slope(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
+    """Return the power p of y ~ x^p, by least squares in logarithms."""
+    u, v = (torch.as_tensor(values, dtype=torch.float64).log() for values in (x, y))
+    u = u - u.mean()
+    return float((u @ v) / (u @ u))

@@ -14,15 +14,14 @@ Source: Trefethen and Weideman, The Exponentially Convergent Trapezoidal Rule, S
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement
 from proofs_checks.harness.draw import uniform
 from sdeblend.schedule import SCHEDULES, NoiseSchedule
 from toy import GaussianMixture, QuadraticReward
@@ -32,7 +31,6 @@ from toy import GaussianMixture, QuadraticReward
 REACH = {1: 16.0, 2: 11.2}
 SPACING = {1: 0.02, 2: 0.08}
 LOG_SNR = (-4.0, 4.5)
-BOUND = 1e-10
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,10 @@ class RawProblem:
     def base(self) -> GaussianMixture:
         """The mixture for the side that is checked."""
         return GaussianMixture(self.weights, self.means, self.covariances)
+
+    def with_curvature(self, quadratic: Tensor) -> RawProblem:
+        """Return the problem with another Q (d, d) in its first reward."""
+        return replace(self, rewards=(replace(self.rewards[0], quadratic=quadratic), *self.rewards[1:]))
 
     def log_density(self, x: Tensor) -> Tensor:
         """Return log p_0 at points (N, d), written out."""
@@ -139,9 +141,14 @@ def draw_points(
     return schedule.alpha(t) * clean + schedule.sigma(t) * noise
 
 
-def schedules() -> dict[str, NoiseSchedule]:
-    """Return one schedule of each kind, by name."""
-    return {name: make() for name, make in SCHEDULES.items()}
+def draw_states(
+    generator: torch.Generator, problem: RawProblem, count: int
+) -> Iterator[tuple[NoiseSchedule, Tensor, Tensor]]:
+    """Give, for one schedule of each kind, the schedule, a drawn time and drawn states (count, d)."""
+    for make in SCHEDULES.values():
+        schedule = make()
+        t = draw_time(generator, schedule)
+        yield schedule, t, draw_points(generator, problem, schedule, t, count)
 
 
 class Lattice:
@@ -182,52 +189,64 @@ class Lattice:
         return log_weights.softmax(-1) @ values
 
 
-def gradient(values: Tensor, x: Tensor) -> Tensor:
-    """Return d values_b / d x_b by automatic differentiation, (B,), (B, d) -> (B, d)."""
-    (slope,) = torch.autograd.grad(values.sum(), x)
-    return slope
-
-
-class Differences:
-    """Largest differences by name, of what is checked and of what was broken on purpose.
+class Given:
+    """The law of x_0 given noisy states, as weights of the nodes.
 
     Args:
-        controls: name -> what its control breaks, in the order of the table.
-        bound: what a difference must not exceed.
+        lattice: nodes and densities.
+        schedule: forward process.
+        t: time.
+        x: noisy states (B, d); what is computed can be differentiated in them.
+
+    Attributes:
+        gain: a / s^2.
+        log_joint: log p_0(y) N(x; a y, s^2 I), (B, N).
+        weights: of the nodes, (B, N).
     """
 
-    def __init__(self, controls: Mapping[str, str], bound: float = BOUND) -> None:
-        self.controls, self.bound = controls, bound
-        self.largest = dict.fromkeys(controls, (0.0, 0.0))
-        self.count = dict.fromkeys(controls, 0)
+    def __init__(self, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor) -> None:
+        a, s = schedule.alpha(t), schedule.sigma(t)
+        self.nodes, self.gain = lattice.nodes, a / s.square()
+        self.log_joint = lattice.log_base + lattice.log_kernel(x, a, s)
+        self.weights = self.log_joint.softmax(-1)
 
-    def add(self, name: str, right: float, wrong: float) -> None:
-        """Add one difference of the statement and of its control; a NaN stays."""
-        self.count[name] += 1
-        old = self.largest[name]
-        self.largest[name] = (_larger(right, old[0]), _larger(wrong, old[1]))
+    def tilted(self, values: Tensor) -> Given:
+        """Return the law tilted by exp(values), values (N,)."""
+        tilted = copy(self)
+        tilted.log_joint = self.log_joint + values
+        tilted.weights = tilted.log_joint.softmax(-1)
+        return tilted
 
-    def measurements(self) -> list[Measurement]:
-        """Return one line of the table each; a name without any difference is NaN and fails."""
-        return [
-            Measurement(
-                f"{name}: relative difference", right if self.count[name] else math.nan, "<=", self.bound,
-                self.controls[name], wrong,
-            )
-            for name, (right, wrong) in self.largest.items()
-        ]  # fmt: skip
+    def log_expected(self, values: Tensor) -> Tensor:
+        """Return log E[exp(values)], (B,)."""
+        return (self.log_joint + values).logsumexp(-1) - self.log_joint.logsumexp(-1)
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """What ``figures_page.differences`` draws."""
-        return {"differences": self.largest, "bound": self.bound}
+    def control(self, values: Tensor) -> Tensor:
+        """Return u = (a/s^2) Cov(v, x_0), (B, d), for r/alpha at the nodes."""
+        return self.gain * ((self.tilted(values).weights - self.weights) @ self.nodes)
+
+    def gap(self, values: Tensor) -> Tensor:
+        """Return Delta = (a/s^2) Cov(v - r/alpha, x_0), (B, d), for r/alpha at the nodes."""
+        change = self.tilted(values).weights - self.weights - self.weights * self.centred(values)
+        return self.gain * (change @ self.nodes)
+
+    def centred(self, values: Tensor) -> Tensor:
+        """Return values less their means, (B, N)."""
+        return values - (self.weights @ values)[:, None]
+
+    def covariance(self) -> Tensor:
+        """Return Cov(x_0), (B, d, d)."""
+        mean = self.weights @ self.nodes
+        second = torch.einsum("bn,ni,nj->bij", self.weights, self.nodes, self.nodes)
+        return second - mean[:, :, None] * mean[:, None, :]
+
+    def third(self, values: Tensor) -> Tensor:
+        """Return kappa_3(r, r, x_0), (B, d), for r at the nodes."""
+        squares = self.weights * self.centred(values).square()
+        return squares @ self.nodes - squares.sum(-1, keepdim=True) * (self.weights @ self.nodes)
 
 
-def _larger(a: float, b: float) -> float:
-    # max() drops a NaN that comes second; a difference that is no number must fail the check.
-    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
-
-
-def worst(measured: Tensor, reference: Tensor) -> float:
-    """Return max |measured - reference| / (1 + |reference|): absolute where small, relative where large."""
-    return float(((measured - reference).abs() / (1 + reference.abs())).max())
+def gradient(values: Tensor, x: Tensor) -> Tensor:
+    """Return d values_b / d x_b by automatic differentiation, (B,), (B, d) -> (B, d)."""
+    (slope,) = torch.autograd.grad(values.sum(), x, retain_graph=True)
+    return slope

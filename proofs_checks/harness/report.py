@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 from proofs_checks.harness.check import Measurement, Outcome, Settings
-from proofs_checks.harness.runner import number
+from proofs_checks.harness.seeds import Count, recorded
 from proofs_checks.harness.statements import Statement, statements
+from proofs_checks.harness.terminal import number, repeat
 
 STYLE = Path(__file__).with_name("report.css")
 LIBRARIES = ("sdeblend", "torch", "numpy", "scipy", "matplotlib")
@@ -31,12 +32,13 @@ HOW_TO_READ = (
 )
 
 
-def render(outcomes: dict[str, Outcome], settings: Settings) -> str:
+def render(outcomes: dict[str, Outcome], settings: Settings, only: Sequence[str] = ()) -> str:
     """Return the page for the outcomes of a run, in the order of the theory.
 
     Args:
         outcomes: by name of the statement's module; any subset of them.
         settings: seed and size of the run.
+        only: what the run was asked for; all if empty.
 
     Returns:
         HTML that needs no other file.
@@ -62,7 +64,7 @@ def render(outcomes: dict[str, Outcome], settings: Settings) -> str:
 <h1>Diffusion Blend, statement by statement</h1>
 {_banner(outcomes)}
 <p>{HOW_TO_READ}</p>
-{_run(outcomes, settings)}
+{_run(outcomes, settings, only)}
 </header>
 <main>
 <section aria-labelledby="summary">
@@ -100,7 +102,7 @@ def _measurement_mark(m: Measurement) -> str:
 def _banner(outcomes: dict[str, Outcome]) -> str:
     passed, rows = sum(o.passed for o in outcomes.values()), [m for o in outcomes.values() for m in o.measurements]
     kind, sign = ("pass", "✓") if outcomes and passed == len(outcomes) else ("fail", "✗")
-    within, rejected = sum(m.holds for m in rows), sum(m.has_power for m in rows)
+    within, rejected = sum(m.holds for m in rows), sum(m.control_rejected for m in rows)
     return (
         f'<p class="banner {kind}"><span aria-hidden="true">{sign}</span> <strong>{passed} of {len(outcomes)} '
         f"statements hold.</strong> {within} of {len(rows)} measurements are within their bounds, and {rejected} of "
@@ -108,12 +110,11 @@ def _banner(outcomes: dict[str, Outcome]) -> str:
     )
 
 
-def _run(outcomes: dict[str, Outcome], settings: Settings) -> str:
-    command = f"sdeblend verify --seed {settings.seed}{' --fast' if settings.fast else ''}"
+def _run(outcomes: dict[str, Outcome], settings: Settings, only: Sequence[str]) -> str:
     facts = {
         "seed": str(settings.seed),
         "size": "fast (fewer problems and samples)" if settings.fast else "full",
-        "repeat with": command,
+        "repeat with": repeat(settings, only),
         "time": f"{sum(o.seconds for o in outcomes.values()):.0f} s of computing, one thread a check",
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in LIBRARIES)]),
     }
@@ -155,7 +156,7 @@ def _cells(m: Measurement) -> list[str]:
         _number(m.value),
         f"{'≤' if m.relation == '<=' else '≥'} {_number(m.bound)}",
         _number(m.margin),
-        f"{html.escape(m.control)}: {_number(m.control_value)}, {'rejected' if m.has_power else 'NOT rejected'}",
+        f"{html.escape(m.control)}: {_number(m.control_value)}, {'rejected' if m.control_rejected else 'NOT rejected'}",
         _measurement_mark(m),
     ]
 
@@ -177,7 +178,7 @@ def _article(name: str, module: Statement, outcome: Outcome) -> str:
     parts = [
         f'<article id="{name}">',
         f"<h2>{html.escape(module.TITLE)}</h2>",
-        f"<p>{_mark(*verdict(outcome))}</p>",
+        f"<p>{_mark(*verdict(outcome))} Before this run: {recorded().get(name, Count())}.</p>",
         f"<p>{html.escape(module.WORDS)}</p>",
         _formula(module.FORMULA),
         _figure(module, outcome),
@@ -202,7 +203,7 @@ def _finding(text: str) -> str:
 
 
 def _formula(text: str) -> str:
-    from proofs_checks.harness.figures_page import formula
+    from proofs_checks.harness.figures import formula
 
     images = []
     for line in text.strip().splitlines():
@@ -212,7 +213,7 @@ def _formula(text: str) -> str:
 
 
 def _figure(module: Statement, outcome: Outcome) -> str:
-    from proofs_checks.harness.figures_page import image
+    from proofs_checks.harness.figures import image
 
     if not outcome.measurements:
         return ""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Protocol, cast
 
+import proofs_checks
 from proofs_checks.harness.check import Outcome, Settings
 
 if TYPE_CHECKING:
     from proofs_checks.harness.figures import Figure
-
-FOLDER = Path(__file__).parents[1]
 
 
 class Statement(Protocol):
@@ -43,11 +41,11 @@ class Statement(Protocol):
 @cache
 def statements() -> dict[str, Statement]:
     """Return every statement by the name of its module, in order."""
-    names = [m.name for m in iter_modules([str(FOLDER)]) if not m.ispkg and not m.name.startswith("_")]
-    found = {name: cast(Statement, import_module(f"{FOLDER.name}.{name}")) for name in names}
+    names = [m.name for m in iter_modules(proofs_checks.__path__) if not m.ispkg and not m.name.startswith("_")]
+    found = {name: cast(Statement, import_module(f"proofs_checks.{name}")) for name in names}
     return dict(sorted(found.items(), key=lambda pair: pair[1].PLACE))
 
 
 def statement(name: str) -> Statement:
     """Return one statement; the others are not imported."""
-    return cast(Statement, import_module(f"{FOLDER.name}.{name}"))
+    return cast(Statement, import_module(f"proofs_checks.{name}"))

@@ -10,10 +10,10 @@ import torch
 
 from proofs_checks import closed_forms, lemma_1, lemma_2, limits, proposition_1, remark_2
 from proofs_checks.harness import quadrature
-from proofs_checks.harness.check import Outcome, Settings
+from proofs_checks.harness.check import Differences, Outcome, Settings
 from proofs_checks.harness.statements import statement
-from sdeblend import Blend, VPLinear
-from toy import GaussianMixture, control
+from sdeblend import Blend, Preference, VPLinear
+from toy import GaussianMixture, control, jensen_gap
 from toy.statements.bounds import JensenBounds, jensen_bounds
 
 NAMES = ("closed_forms", "proposition_1", "lemma_1", "remark_2", "lemma_2", "limits")
@@ -64,13 +64,36 @@ def test_a_wrong_control_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failing(proposition_1.check) == {"control as a covariance"}
 
 
-def test_bounds_that_are_too_small_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shrunk(*given: Any) -> JensenBounds:
-        found = jensen_bounds(*given)
-        return JensenBounds(0.2 * found.cauchy_schwarz, 0.2 * found.shift, 0.99 * found.thermodynamic)
+def test_bounds_that_are_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled(*factors: float) -> Callable[..., JensenBounds]:
+        def bounds(*given: Any) -> JensenBounds:
+            found = jensen_bounds(*given)
+            values = (found.cauchy_schwarz, found.shift, found.thermodynamic)
+            return JensenBounds(*(factor * value for factor, value in zip(factors, values, strict=True)))
 
-    monkeypatch.setattr(lemma_1, "jensen_bounds", shrunk)
-    assert failing(lemma_1.check) == {"largest gap over B1", "largest gap over B2", "largest gap over B3"}
+        return bounds
+
+    integrals = "bounds less the integrals they stand for"
+    monkeypatch.setattr(lemma_1, "jensen_bounds", scaled(0.2, 0.2, 0.99))
+    assert failing(lemma_1.check) == {"largest gap over B1", "largest gap over B2", "largest gap over B3", integrals}
+    for factors in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):  # too large to be violated
+        monkeypatch.setattr(lemma_1, "jensen_bounds", scaled(*factors))
+        assert failing(lemma_1.check) == {integrals}
+
+
+def test_a_gap_of_another_order_or_size_near_the_data_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    slope, leading = ["t to 0", " slope of log gap over log s²"][0], "gap at t = 0.001 less its leading term"
+    monkeypatch.setattr(lemma_1, "jensen_gap", lambda *given: 1.03 * jensen_gap(*given))
+    assert failing(lemma_1.check) == {"gap as a covariance", "gap as a gradient", leading, "largest gap over B3"}
+    monkeypatch.setattr(lemma_1, "jensen_gap", control)
+    assert {slope, leading} <= failing(lemma_1.check)
+
+
+def test_what_is_followed_towards_the_data_has_a_leading_term() -> None:
+    # A reward that is nearly straight has next to none, and then its slope says nothing.
+    for seed in range(40):
+        slope, *_ = lemma_1._near_data(1, torch.Generator().manual_seed(seed))
+        assert abs(slope - 1) < 0.1
 
 
 def test_a_gap_of_first_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +117,7 @@ def test_samples_of_another_strength_are_noticed(monkeypatch: pytest.MonkeyPatch
     right = limits._sample
 
     def off(laws: Any, preference: Any, count: int, generator: torch.Generator) -> torch.Tensor:
-        preference.strength = preference.strength * 0.8 + 0.1
-        return right(laws, preference, count, generator)
+        return right(laws, Preference(preference.weights, preference.strength * 0.8 + 0.1), count, generator)
 
     monkeypatch.setattr(limits, "_sample", off)
     failed = {m.what.split(":")[0] for m in limits.check(Tiny(seed=0)).measurements if not m.holds}
@@ -118,7 +140,7 @@ def test_lattice_agrees_with_itself_at_half_the_spacing(monkeypatch: pytest.Monk
 
 
 def test_a_difference_that_is_no_number_fails() -> None:
-    differences = quadrature.Differences({"a": "control", "b": "control"})
+    differences = Differences({"a": "control", "b": "control"})
     differences.add("a", float("nan"), 1.0)
     differences.add("a", 0.0, 1.0)
     assert [m.passed for m in differences.measurements()] == [False, False]  # b was never measured

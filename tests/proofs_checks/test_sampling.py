@@ -10,13 +10,14 @@ import torch
 
 from proofs_checks import certificate, feynman_kac, fokker_planck, proposition_2, solvers
 from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
-from proofs_checks.harness.check import Settings
+from proofs_checks.harness.check import Settings, slope
 from proofs_checks.harness.draw import draw_line, draw_space
 from proofs_checks.harness.statements import statement
 from sdeblend import Evaluation, VPLinear, time_grid
 from sdeblend.correct import Weights
 from sdeblend.steps import Ancestral, EulerMaruyama, StepCoefficients
 from toy import GaussianMixture
+from toy.statements.fokker_planck import Density
 
 FAST = Settings(seed=1, fast=True)
 
@@ -54,7 +55,7 @@ def test_discrete_weights_reject_a_variance_that_is_off(monkeypatch: pytest.Monk
 def test_path_divergence_rejects_a_certificate_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     path = certificate._path(FAST, 0)
     assert abs(path.sampled - path.path) < 5 * path.error
-    assert path.end < path.path
+    assert path.divergence < path.path
     _tamper_with_variance(monkeypatch, 1.1)
     path = certificate._path(FAST, 0)
     assert abs(path.sampled - path.path) > 5 * path.error
@@ -65,10 +66,26 @@ def _tamper_with_variance(monkeypatch: pytest.MonkeyPatch, factor: float) -> Non
     monkeypatch.setattr(Weights, "add", lambda self, spread, variance, t: right(self, spread, factor * variance, t))
 
 
-def test_certificate_of_half_the_spread_is_below_the_true_divergence_somewhere() -> None:
+def test_certificate_of_a_quarter_of_the_spread_is_below_the_true_divergence_somewhere() -> None:
     lines = [certificate._line(FAST, i) for i in range(2)]
-    assert all(line.divergence < line.certificate and line.variation < line.pinsker for line in lines)
-    assert any(line.divergence > line.halved for line in lines)
+    assert all(line.divergence < line.certificate for line in lines)
+    assert all(line.variation < math.sqrt(line.certificate / 2) for line in lines)
+    assert any(line.divergence > line.quartered for line in lines)
+
+
+def test_a_divergence_taken_the_other_way_round_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(i: int) -> certificate._Line:
+        return certificate._line(FAST, i)
+
+    right = line(0)
+    assert right.divergence == pytest.approx(right.again, rel=1e-4)
+    monkeypatch.setattr(Density, "kl_to", Density.kl_from)
+    assert line(0).divergence != pytest.approx(right.again, rel=1e-3)
+    monkeypatch.undo()
+    way = certificate._divergence
+    monkeypatch.setattr(certificate, "_divergence", lambda p, q, dx: way(q, p, dx))
+    path = certificate._path(FAST, 0)
+    assert path.divergence != pytest.approx(path.again, rel=1e-3)
 
 
 def test_one_step_rejects_another_weight_of_the_members(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +104,7 @@ def test_rates_are_those_of_their_kind() -> None:
     steps = (50, 100, 200)
     drawn = proposition_2._draw_rational(FAST, 0)
     table = proposition_2.line_distances(drawn, torch.Generator().manual_seed(0), 24, steps)
-    slopes = {name: proposition_2.slope(steps, row) for name, row in table.items()}
+    slopes = {name: -slope(steps, row) for name, row in table.items()}
     assert abs(slopes["independent"] - 1) < 0.15
     assert abs(slopes["systematic"] - 1) < 0.15
     assert slopes["shared"] < 0.75
