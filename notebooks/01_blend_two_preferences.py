@@ -24,8 +24,8 @@ from IPython.display import Image, display
 
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from toy import metrics, problems
-from toy.experiment import Settings, run
-from toy.plotting import Cloud, figure_bytes, member_style, panels, style_of
+from toy.experiment import BlendSettings, run
+from toy.plotting import Cloud, encoded, member_style, panels, style_of
 from toy.plotting.curves import CERTIFICATE, certified, curve, kl_of_modes, label, legend_below, measured
 from toy.plotting.modes import laws_figure, modes_figure
 
@@ -36,7 +36,7 @@ print("fast mode: few samples, rough numbers" if FAST else f"{SAMPLES} samples a
 
 def show(figure):
     """Display a figure as PNG."""
-    display(Image(figure_bytes(figure, dpi=90)))
+    display(Image(encoded(figure, dpi=90)))
 
 
 # %% [markdown]
@@ -111,7 +111,7 @@ print("certificate:", solution.certificate)
 
 # %%
 methods = ("exact", "mpa", "mpa-corrected")
-outcome = run(problem, Settings(weights=half, methods=methods, samples=SAMPLES))
+outcome = run(problem, BlendSettings(weights=half, methods=methods, samples=SAMPLES))
 show(modes_figure(outcome, ["exact", "mpa"]))
 
 for method in ("exact", "mpa"):
@@ -147,7 +147,7 @@ print(f"exact target mean rewards {gained}")
 # %%
 shares = [0.0, 0.5, 1.0] if FAST else [i / 8 for i in range(9)]
 few = {"methods": ("exact", "mpa"), "samples": SAMPLES // 2}
-swept = [run(problem, Settings(weights=(share, 1 - share), **few)) for share in shares]
+swept = [run(problem, BlendSettings(weights=(share, 1 - share), **few)) for share in shares]
 figure, (left, middle, right) = panels(3, width=4.2)
 measured(left, shares, swept, "mode_weight_tv", ("exact", "mpa"))
 label(left, "error of the mode weights", "weight of 'right'", "total variation")
@@ -199,7 +199,7 @@ print(f"effective samples without resampling {row['ess_fraction']:.0%}")
 
 # %%
 alphas = [0.1, 1.0] if FAST else [0.1, 0.175, 0.25, 0.5, 1.0, 2.0]
-settings = Settings(weights=half, methods=methods, samples=SAMPLES // 2)
+settings = BlendSettings(weights=half, methods=methods, samples=SAMPLES // 2)
 swept = [run(problem.with_kl_weight(alpha), settings) for alpha in alphas]
 figure, (left, middle, right) = panels(3, width=4.2)
 measured(left, alphas, swept, "mode_weight_tv", methods)

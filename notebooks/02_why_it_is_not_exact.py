@@ -21,8 +21,8 @@ from IPython.display import Image, display
 
 from sdeblend import Blend, Preference, VPLinear
 from toy import blend_gap, control, jensen_gap, mixture_score, problems
-from toy.experiment import Settings, run
-from toy.plotting import figure_bytes, panels, style_of
+from toy.experiment import BlendSettings, run
+from toy.plotting import encoded, panels, style_of
 from toy.plotting.curves import certified, kl_of_laws, label, legend_below, measured
 from toy.plotting.line import (
     bounds_figure,
@@ -47,7 +47,7 @@ states = line_states()
 
 def show(figure):
     """Display a figure as PNG."""
-    display(Image(figure_bytes(figure, dpi=90)))
+    display(Image(encoded(figure, dpi=90)))
 
 
 # %% [markdown]
@@ -188,7 +188,7 @@ print(f"one Gaussian with linear rewards, where blending is exact: error up to {
 
 # %%
 methods = ("exact", "mpa", "mpa-corrected")
-settings = Settings(weights=equal, methods=methods, samples=SAMPLES)
+settings = BlendSettings(weights=equal, methods=methods, samples=SAMPLES)
 sampled = {"line2": run(problem, settings), "conflict_line": run(conflict, settings)}
 show(histograms_figure(sampled, methods))
 
@@ -211,7 +211,7 @@ for title, outcome in sampled.items():
 
 # %%
 alphas = [0.1, 1.0] if FAST else [0.1, 0.175, 0.25, 0.5, 1.0, 2.0]
-few = Settings(weights=equal, methods=methods, samples=SAMPLES // 2)
+few = BlendSettings(weights=equal, methods=methods, samples=SAMPLES // 2)
 swept = [run(problem.with_kl_weight(alpha), few) for alpha in alphas]
 figure, (one, two) = panels(2, width=5.0)
 measured(one, alphas, swept, "mode_weight_tv", methods)

@@ -26,8 +26,8 @@ from IPython.display import Image, display
 
 from sdeblend import BackwardSDE, Blend, Preference, VPLinear, solve, time_grid
 from toy import MixtureStack, Problem, QuadraticReward, metrics, mixture_score, problems
-from toy.experiment import Settings, run
-from toy.plotting import figure_bytes, panels, style_of
+from toy.experiment import BlendSettings, run
+from toy.plotting import encoded, panels, style_of
 from toy.plotting.curves import CERTIFICATE, certified, curve, family_style, label, legend_below, measured
 from toy.plotting.line import histograms_figure, line_states, rms, strengths_figure
 
@@ -43,7 +43,7 @@ base, right = problem.base, problem.rewards["right"]
 
 def show(figure):
     """Display a figure as PNG."""
-    display(Image(figure_bytes(figure, dpi=90)))
+    display(Image(encoded(figure, dpi=90)))
 
 
 # %% [markdown]
@@ -98,7 +98,7 @@ methods = ("exact", "mpa", "mpa-corrected")
 
 def at(strength, samples):
     """Return the outcome of all methods at one strength."""
-    return run(problem, Settings(weights={"right": 1.0}, strength=strength, methods=methods, samples=samples))
+    return run(problem, BlendSettings(weights={"right": 1.0}, strength=strength, methods=methods, samples=samples))
 
 
 show(histograms_figure({f"λ = {strength:g}": at(strength, SAMPLES) for strength in (0.5, 2.0, 3.0)}, methods))

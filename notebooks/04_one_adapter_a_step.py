@@ -29,7 +29,7 @@ from proofs_checks.proposition_2 import line_distances
 from sdeblend import STEPS, BackwardSDE, Blend, OneMemberPerStep, Preference, VPLinear, solve, time_grid
 from toy import MixtureStack, mixture_score, problems
 from toy.metrics import mode_weights, sliced_w2, sliced_w2_floor
-from toy.plotting import OKABE_ITO, Style, figure_bytes, panels, style_of
+from toy.plotting import OKABE_ITO, Style, encoded, panels, style_of
 from toy.plotting.curves import FLOOR, curve, label, legend_below
 from toy.plotting.one_member import batches_figure, one_step_figure, sequence_figure
 from toy.statements.one_member import covariance_error, extra_variance, one_step
@@ -49,7 +49,7 @@ def seeded(seed):
 
 def show(figure):
     """Display a figure as PNG."""
-    display(Image(figure_bytes(figure, dpi=90)))
+    display(Image(encoded(figure, dpi=90)))
 
 
 # %% [markdown]

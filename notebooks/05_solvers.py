@@ -29,7 +29,7 @@ from sdeblend import STEPS, BackwardSDE, Blend, ReplayNoise, TrainedTable, VPLin
 from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from toy import MixtureStack, mixture_score, problems
 from toy.metrics import sliced_w2, sliced_w2_floor
-from toy.plotting import OKABE_ITO, Cloud, Style, contours_2d, figure_bytes, panels, points_2d, style_of, window_of
+from toy.plotting import OKABE_ITO, Cloud, Style, contours_2d, encoded, panels, points_2d, style_of, window_of
 from toy.plotting.curves import FLOOR, curve, label, legend_below
 
 FAST = os.environ.get("SDEBLEND_FAST") == "1"
@@ -44,7 +44,7 @@ def seeded(seed):
 
 def show(figure):
     """Display a figure as PNG."""
-    display(Image(figure_bytes(figure, dpi=90)))
+    display(Image(encoded(figure, dpi=90)))
 
 
 def scores(schedule):

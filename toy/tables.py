@@ -139,7 +139,7 @@ class Solver(Settings):
     schedule: Annotated[str, OneOf(SCHEDULES)] = "vp-linear"
     solver: Annotated[str, OneOf(STEPS)] = "dpm-2m-sde"
     spacing: Spacing | None = None
-    steps: int = Field(50, ge=2, le=MAX_STEPS)
+    steps: int = Field(default=50, ge=2, le=MAX_STEPS)
 
     def process(self) -> NoiseSchedule:
         """Return the forward process."""

@@ -73,15 +73,15 @@ class MixtureBackendSettings(Solver):
     problems: tuple[Annotated[str, OneOf((*PROBLEMS, *_DAS, _RANDOM))], ...] = ()
     mixtures: dict[str, OwnProblem] = Field(default_factory=dict)
     kl_weights: tuple[float, ...] = ()
-    rewards: tuple[Annotated[int, Field(ge=1)], ...] = Field((2,), min_length=1)
-    draws: tuple[int, ...] = Field((0,), min_length=1)
-    dim: int = Field(0, ge=0)
-    components: int = Field(0, ge=0)
+    rewards: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(2,), min_length=1)
+    draws: tuple[int, ...] = Field(default=(0,), min_length=1)
+    dim: int = Field(default=0, ge=0)
+    components: int = Field(default=0, ge=0)
     spacing: Spacing | None = "log-snr"
     scores: Literal["exact", "learned"] = "exact"
-    rank: int = Field(8, ge=1)
-    train_steps: int = Field(2000, ge=10)
-    trainings: tuple[int, ...] = Field((0,), min_length=1)
+    rank: int = Field(default=8, ge=1)
+    train_steps: int = Field(default=2000, ge=10)
+    trainings: tuple[int, ...] = Field(default=(0,), min_length=1)
 
     def problem(self, name: str, rewards: int, draw: int) -> Problem:
         """Return a problem by name.

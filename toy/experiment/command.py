@@ -12,15 +12,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sdeblend.io import write_atomically
-
-if TYPE_CHECKING:
-    from toy.experiment.experiment import Progress
+from sdeblend.shell.console import progress, width_of
+from sdeblend.shell.files import write_atomically
+from toy.experiment.experiment import run
+from toy.experiment.problem_file import load_problem
+from toy.experiment.table import report_table
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 
@@ -44,25 +43,25 @@ def main(argv: Sequence[str]) -> int:
     outputs: list[Path] = [path for path in (arguments.json, arguments.figure) if path is not None]
     check_outputs(problem_file, outputs)
     kind = None if arguments.figure is None else figure_format(arguments.figure)
-    # Late: help and a name that cannot be used need no torch.
-    from toy.experiment.experiment import run
-    from toy.experiment.problem_file import load_problem
-    from toy.experiment.table import report_table
-
     problem, settings = load_problem(problem_file)
-    with _bar() as progress:
-        outcome = run(problem, settings, progress=progress)
+    with progress("", settings.steps, unit="steps", leave=False) as bar:
+
+        def show(method: str, done: int, steps: int) -> None:
+            if done == 1:
+                bar.restart(method, steps)
+            bar.update()
+
+        experiment = run(problem, settings, progress=show)
     contents: list[str | bytes] = []
     if arguments.json is not None:
-        contents.append(json.dumps(outcome.report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        contents.append(json.dumps(experiment.report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     if kind is not None:
-        from toy.plotting import figure_bytes
-        from toy.plotting.experiment import experiment_figure
+        from toy import plotting
 
-        contents.append(figure_bytes(experiment_figure(outcome), kind))
+        contents.append(plotting.encoded(plotting.experiment_figure(experiment), kind))
     for path, content in zip(outputs, contents, strict=True):
         write_atomically(path, content)
-    print(report_table(outcome.report))
+    print(report_table(experiment.report, width_of(sys.stdout)))
     return 0
 
 
@@ -117,22 +116,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw there: .png, .svg or .pdf")
     return parser
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """Show a bar a method on stderr if that is a terminal, and clear it at the end."""
-    from tqdm import tqdm
-
-    bar = tqdm(file=sys.stderr, unit="step", leave=False, disable=None)
-
-    def progress(method: str, done: int, steps: int) -> None:
-        if done == 1:
-            bar.reset(total=steps)
-            bar.set_description(method)
-        bar.update(1)
-
-    try:
-        yield progress
-    finally:
-        bar.close()

@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-ABREAST = 5
-SHOWN = 2 * ABREAST
+from sdeblend.shell.console import table
+
+SHOWN = 10
+PIPED = 120  # characters a line where there is no terminal to fit
 _ABSENT = "-"
 
 
-def report_table(report: Mapping[str, Any]) -> str:
+def report_table(report: Mapping[str, Any], width: int | None = None) -> str:
     """Return a report as text.
 
     Args:
         report: as ``toy.experiment.run`` makes it.
+        width: characters a line; 120 if left out.
 
     Returns:
         lines without a final newline; of long vectors the first ten entries.
     """
+    width = width or PIPED
     target, methods = report["target"], report["methods"]
     closed = [row["log_normalizer_closed_form"] for row in methods.values()]
     known = next((value for value in closed if value is not None), None)
     parts = [
         f"exact target, log Z = {_number(target['log_normalizer'])} (of base exp(strength r(w) / kl_weight))",
         "",
-        *_aligned([_HEAD, *[_row(name, row) for name, row in methods.items()]]),
+        table(_HEAD, [_row(name, row) for name, row in methods.items()], width=width),
     ]
     if known is not None:
         parts.append(f"log E[W] in closed form: {_number(known)} (log Z less the members', blended)")
@@ -33,10 +37,10 @@ def report_table(report: Mapping[str, Any]) -> str:
     axes = [f"x{i + 1}" for i in range(len(target["mean"]))]
     pairs = [f"{second} {first}" for i, first in enumerate(axes) for second in axes[: i + 1]]
     components = [str(k + 1) for k in range(len(target["component_weights"]))]
-    parts += _quantity("component weights", "component_weights", report, components)
-    parts += _quantity("mean", "mean", report, axes)
-    parts += _quantity("covariance", "covariance", report, pairs)
-    parts += _quantity("mean reward", "mean_reward", report, list(target["mean_reward"]))
+    parts += _quantity("component weights", "component_weights", report, components, width)
+    parts += _quantity("mean", "mean", report, axes, width)
+    parts += _quantity("covariance", "covariance", report, pairs, width)
+    parts += _quantity("mean reward", "mean_reward", report, list(target["mean_reward"]), width)
     return "\n".join(parts)
 
 
@@ -63,18 +67,14 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _quantity(title: str, key: str, report: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Return the lines that compare one quantity of all methods with the target's."""
-    rows = [[title, *names], ["exact target", *map(_number, _flat(report["target"][key]))]]
+def _quantity(title: str, key: str, report: Mapping[str, Any], names: Sequence[str], width: int) -> list[str]:
+    """Return what compares one quantity of all methods with the target's."""
+    rows = [["exact target", *map(_number, _flat(report["target"][key]))]]
     for name, row in report["methods"].items():
         pairs = zip(_flat(row[key]), _flat(row[f"{key}_se"]), strict=True)
         rows.append([name, *[_with_error(value, error) for value, error in pairs]])
-    lines: list[str] = []
-    for start in range(1, 1 + min(len(names), SHOWN), ABREAST):
-        lines += ["", *_aligned([[row[0], *row[start : start + ABREAST]] for row in rows])]
-    if len(names) > SHOWN:
-        lines.append(f"(the first {SHOWN} of {len(names)})")
-    return lines
+    shown = ["", table([title, *names[:SHOWN]], [row[: 1 + SHOWN] for row in rows], width=width)]
+    return shown if len(names) <= SHOWN else [*shown, f"(the first {SHOWN} of {len(names)})"]
 
 
 def _flat(values: Any) -> list[float]:
@@ -94,15 +94,3 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4e}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines: the first column to the left, the others to the right."""
-    columns = max(map(len, rows))
-    padded = [[*row, *[""] * (columns - len(row))] for row in rows]
-    widths = [max(len(row[column]) for row in padded) for column in range(columns)]
-    lines = []
-    for row in padded:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return lines

@@ -1,19 +1,11 @@
-"""Figures of laws, samples and experiments; the only room of ``toy`` that imports matplotlib."""
+"""Figures of laws, samples and experiments; the only room of ``toy`` that imports matplotlib.
 
-from sdeblend.shell.figures import OKABE_ITO, panels
-from sdeblend.shell.figures import encoded as figure_bytes
-from toy.plotting.laws import (
-    Cloud,
-    Style,
-    compare_figure,
-    contours_2d,
-    density_1d,
-    histogram_1d,
-    member_style,
-    points_2d,
-    style_of,
-    window_of,
-)
+Figures are ``matplotlib.figure.Figure`` objects: no pyplot, no global state, no window; ``encoded`` writes them.
+"""
+
+from sdeblend.shell.figures import OKABE_ITO, encoded, panels
+from toy.plotting.compare import compare_figure, experiment_figure
+from toy.plotting.laws import Cloud, Style, contours_2d, member_style, points_2d, style_of, window_of
 
 __all__ = [
     "OKABE_ITO",
@@ -21,9 +13,8 @@ __all__ = [
     "Style",
     "compare_figure",
     "contours_2d",
-    "density_1d",
-    "figure_bytes",
-    "histogram_1d",
+    "encoded",
+    "experiment_figure",
     "member_style",
     "panels",
     "points_2d",

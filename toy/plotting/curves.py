@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeblend import BackwardSDE, Blend
 from sdeblend.shell.figures import OKABE_ITO
-from toy.experiment.experiment import Outcome
+from toy.experiment.experiment import Experiment
 from toy.plotting.laws import Style, style_of
 from toy.scores.stack import mixture_score
 from toy.statements.fokker_planck import backward_density
@@ -80,70 +80,71 @@ def legend_below(figure: Figure, *, columns: int = 4, note: str | None = None) -
 
 
 def measured(
-    axes: Axes, knob: Numbers, outcomes: Sequence[Outcome], key: str, methods: Sequence[str], *, excess: bool = False
-) -> None:
+    axes: Axes, knob: Numbers, experiments: Sequence[Experiment], key: str, methods: Sequence[str],
+    *, excess: bool = False,
+) -> None:  # fmt: skip
     """Draw a number of the reports for each method, and its floor and its target where the reports have them.
 
     Args:
         axes: where.
-        knob: the setting that varies, one an outcome.
-        outcomes: of ``toy.experiment.run``.
+        knob: the setting that varies, one an experiment.
+        experiments: of ``toy.experiment.run``.
         key: of a method's report, such as "mode_weight_tv"; "mean_reward/NAME" for one reward's.
         methods: which.
         excess: draw what a mean reward has above the target's.
     """
     key, _, reward = key.partition("/")
-    known = [outcome.report["target"][key][reward] if reward else 0.0 for outcome in outcomes]
+    known = [experiment.report["target"][key][reward] if reward else 0.0 for experiment in experiments]
     origin = known if excess else [0.0] * len(known)
     if reward:
         curve(axes, knob, [a - b for a, b in zip(known, origin, strict=True)], style_of("target"))
     for method in methods:
-        rows = [outcome.report["methods"][method] for outcome in outcomes]
+        rows = [experiment.report["methods"][method] for experiment in experiments]
         values, errors = ([row.get(name) for row in rows] for name in (key, f"{key}_se"))
         if reward:
             values, errors = ([row[reward] for row in rows] for rows in (values, errors))
         drawn = [value - start for value, start in zip(values, origin, strict=True)]
         curve(axes, knob, drawn, style_of(method), se=None if None in errors else errors, marker="o")
-    floors = [outcome.report["methods"][methods[0]].get(f"{key}_floor") for outcome in outcomes]
+    floors = [experiment.report["methods"][methods[0]].get(f"{key}_floor") for experiment in experiments]
     if None not in floors:
         curve(axes, knob, floors, FLOOR)
 
 
-def certified(axes: Axes, knob: Numbers, outcomes: Sequence[Outcome]) -> None:
+def certified(axes: Axes, knob: Numbers, experiments: Sequence[Experiment]) -> None:
     """Draw the certificate of DB-MPA, and what it bounds: a KL divergence (and the control's).
 
     On the line it is that of the law, see ``kl_of_laws``; elsewhere that of the mode weights, see ``kl_of_modes``.
 
     Args:
         axes: where.
-        knob: the setting that varies, one an outcome.
-        outcomes: of ``toy.experiment.run`` with methods "exact" and "mpa".
+        knob: the setting that varies, one an experiment.
+        experiments: of ``toy.experiment.run`` with methods "exact" and "mpa".
     """
-    rows = [outcome.report["methods"]["mpa"] for outcome in outcomes]
+    rows = [experiment.report["methods"]["mpa"] for experiment in experiments]
     values, errors = ([row[key] for row in rows] for key in ("certificate", "certificate_se"))
     curve(axes, knob, values, CERTIFICATE, se=errors, marker="o")
-    on_the_line = outcomes[0].problem.base.dim == 1
+    on_the_line = experiments[0].problem.base.dim == 1
     measure, what = (kl_of_laws, "the law") if on_the_line else (kl_of_modes, "mode weights")
     for method in ("mpa", "exact"):
         style = style_of(method)
         drawn = Style(style.colour, style.line, f"KL of {what}, {style.label}")
-        curve(axes, knob, [measure(outcome, method) for outcome in outcomes], drawn, marker="s")
+        curve(axes, knob, [measure(experiment, method) for experiment in experiments], drawn, marker="s")
 
 
-def kl_of_modes(outcome: Outcome, method: str) -> float:
+def kl_of_modes(experiment: Experiment, method: str) -> float:
     """Return KL(mode weights of the samples || those of the target), in nats: never above the KL of the laws.
 
     A mode weight is the mean responsibility of a component: a sample is sent to a random label, and no map of samples
     to labels can raise a KL divergence (data processing). n samples of the target itself have (K - 1) / (2 n).
     """
-    shares = torch.tensor(outcome.report["methods"][method]["component_weights"], dtype=torch.float64)
-    wanted = torch.tensor(outcome.report["target"]["component_weights"], dtype=torch.float64)
+    shares = torch.tensor(experiment.report["methods"][method]["component_weights"], dtype=torch.float64)
+    wanted = torch.tensor(experiment.report["target"]["component_weights"], dtype=torch.float64)
     return float(torch.special.xlogy(shares, shares / wanted).sum())
 
 
-def kl_of_laws(outcome: Outcome, method: str) -> float:
+def kl_of_laws(experiment: Experiment, method: str) -> float:
     """Return KL(law of "exact" or "mpa" || target) on the line, in nats, by its Fokker-Planck equation: no samples."""
-    target, schedule = outcome.prepared.target, outcome.prepared.schedule
-    blend = Blend(outcome.problem.stack(schedule), outcome.prepared.coefficients)
+    target, schedule = experiment.target, experiment.case.schedule
+    blend = Blend(experiment.problem.stack(schedule), experiment.preference.coefficients(experiment.problem.names))
     score = mixture_score(target, schedule) if method == "exact" else blend
     return backward_density(BackwardSDE(schedule, score), steps=300).kl_to(target)

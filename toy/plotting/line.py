@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdeblend import NoiseSchedule
 from sdeblend.shell.figures import OKABE_ITO, panels
-from toy.experiment.experiment import Outcome
+from toy.experiment.experiment import Experiment
 from toy.metrics import Estimate
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import curve, family_style, label, legend_below
@@ -188,21 +188,21 @@ def strengths_figure(
     return figure
 
 
-def histograms_figure(outcomes: Mapping[str, Outcome], methods: Sequence[str]) -> Figure:
-    """Return a figure with a row an outcome and a column a method: samples on the line on the exact target.
+def histograms_figure(experiments: Mapping[str, Experiment], methods: Sequence[str]) -> Figure:
+    """Return a figure with a row an experiment and a column a method: samples on the line on the exact target.
 
     Args:
-        outcomes: by title, of ``toy.experiment.run``.
+        experiments: by title, of ``toy.experiment.run``.
         methods: which.
     """
-    figure, grid = panels(len(outcomes) * len(methods), columns=len(methods), width=3.8, height=2.2)
-    for row, (title, outcome) in enumerate(outcomes.items()):
-        target, base = outcome.prepared.target, outcome.problem.base
+    figure, grid = panels(len(experiments) * len(methods), columns=len(methods), width=3.8, height=2.2)
+    for row, (title, experiment) in enumerate(experiments.items()):
+        target, base = experiment.target, experiment.problem.base
         window = window_of([target, base])[0]
         top = 1.15 * float(target.log_prob(line_states(801, 8.0)).exp().max())
         for column, method in enumerate(methods):
-            axes, sampled = grid[row * len(methods) + column], outcome.samples[method]
-            histogram_1d(axes, Cloud(sampled.points, sampled.log_weights), style_of(method), window)
+            axes, sampled = grid[row * len(methods) + column], experiment.samples[method]
+            histogram_1d(axes, Cloud(sampled.samples, sampled.log_weights), style_of(method), window)
             density_1d(axes, base, style_of("base"), window)
             density_1d(axes, target, style_of("target"), window)
             label(axes, f"{title}: {style_of(method).label}", "x", "density", xlim=window, ylim=(0, top))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend.shell.figures import panels
-from toy.experiment.experiment import Outcome
+from toy.experiment.experiment import Experiment
 from toy.mixtures.mixture import GaussianMixture
 from toy.plotting.curves import label, legend_below
 from toy.plotting.laws import Cloud, Style, contours_2d, points_2d, style_of, window_of
@@ -49,35 +49,35 @@ def laws_figure(
     return figure
 
 
-def modes_figure(outcome: Outcome, methods: Sequence[str]) -> Figure:
+def modes_figure(experiment: Experiment, methods: Sequence[str]) -> Figure:
     """Return a figure with one panel a method, its samples on the exact target, and one with all mode weights.
 
     Args:
-        outcome: of ``toy.experiment.run``, in the plane.
+        experiment: of ``toy.experiment.run``, in the plane.
         methods: which.
     """
-    target = outcome.prepared.target
-    window = window_of([target, outcome.problem.base])
+    target = experiment.target
+    window = window_of([target, experiment.problem.base])
     figure, grid = panels(len(methods) + 1, columns=len(methods) + 1, width=3.3, height=3.4)
     _loosen(figure)
     for axes, method in zip(grid, methods, strict=False):
-        sampled, style = outcome.samples[method], style_of(method)
+        sampled, style = experiment.samples[method], style_of(method)
         contours_2d(axes, target, style_of("target"), window, fill=True)
-        points_2d(axes, Cloud(sampled.points, sampled.log_weights), style)
-        tv = outcome.report["methods"][method]["mode_weight_tv"]
+        points_2d(axes, Cloud(sampled.samples, sampled.log_weights), style)
+        tv = experiment.report["methods"][method]["mode_weight_tv"]
         _plane(axes, f"{style.label}\nmode weights off by {tv:.3f}", window)
         centre = target.means.mean(0)
         for number, (x, y) in enumerate((centre + 0.6 * (target.means - centre)).tolist(), 1):
             axes.annotate(str(number), (x, y), ha="center", va="center", fontsize=9)
-    mode_bars(grid[-1], outcome, methods)
+    mode_bars(grid[-1], experiment, methods)
     legend_below(figure, note="contours enclose 50 % and 95 % of the target; whiskers are two standard errors")
     return figure
 
 
-def mode_bars(axes: Axes, outcome: Outcome, methods: Sequence[str]) -> None:
+def mode_bars(axes: Axes, experiment: Experiment, methods: Sequence[str]) -> None:
     """Draw the share of each mode: the exact target's, and each method's with two standard errors."""
-    rows = {"target": outcome.report["target"]} | {name: outcome.report["methods"][name] for name in methods}
-    width, places = 0.8 / len(rows), np.arange(1, 1 + outcome.problem.base.components)
+    rows = {"target": experiment.report["target"]} | {name: experiment.report["methods"][name] for name in methods}
+    width, places = 0.8 / len(rows), np.arange(1, 1 + experiment.problem.base.components)
     for i, (name, row) in enumerate(rows.items()):
         style = style_of(name)
         offset = places + (i - (len(rows) - 1) / 2) * width

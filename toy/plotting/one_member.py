@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sdeblend.shell.figures import OKABE_ITO, panels
+from toy.plotting.curves import legend_below
 from toy.plotting.laws import style_of
 from toy.statements.one_member import OneStep
 
@@ -46,7 +47,7 @@ def one_step_figure(steps: Sequence[OneStep], names: Sequence[str], reach: float
         panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="x1, units of the step's noise")
         panel.set_title(f"h = {step.step:g}", fontsize=10)
     axes[0].set_ylabel("x2, units of the step's noise")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    legend_below(figure, columns=3)
     return figure
 
 
@@ -112,5 +113,5 @@ def batches_figure(
         panel.set_xticks(range(len(shares)), short, fontsize=8)
         panel.set_title(title, fontsize=10)
         panel.set_ylabel("share of the samples")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    legend_below(figure)
     return figure

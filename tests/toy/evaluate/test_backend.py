@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import toy
+from sdeblend.methods.draws import Draws
+from sdeblend.methods.registry import METHODS
 from sdeblend.shell import cli
 from sdeblend.shell.settings import read_toml
 from tests.support.strategies import refuses
 from toy.evaluate.backend import build
-from toy.experiment.problem_file import load_problem
+from toy.experiment import load_problem, run
 
 EXAMPLE = Path(toy.__file__).parent / "examples" / "line2.toml"
 HEAD = '[backend]\nkind = "mixture"\nsolver = "euler-maruyama"\nspacing = "uniform"\nsteps = 8\n'
@@ -41,14 +43,19 @@ def test_a_mixture_of_ones_own_is_evaluated_beside_named_ones(tmp_path: Path) ->
     assert "mine" in (out / "tables.md").read_text()
 
 
-def test_it_is_the_problem_of_the_file(tmp_path: Path) -> None:
-    problem, _ = load_problem(EXAMPLE)
+def test_it_is_the_problem_of_the_file_and_sampled_as_by_the_toy_command(tmp_path: Path) -> None:
+    problem, settings = load_problem(EXAMPLE)
     (tmp_path / "c.toml").write_text(HEAD + own())
     table = read_toml(tmp_path / "c.toml")["backend"]
     table.pop("kind")
     case = build(table, file="c.toml", seed=0, device=torch.device("cpu")).case("mine", "")
     assert torch.equal(case.problem.base.covariances, problem.base.covariances)
     assert case.problem.names == problem.names and case.problem.kl_weight == problem.kl_weight
+    experiment = run(problem, settings.changed(steps=8, samples=60, methods=["mpa", "ls"]))
+    assert torch.equal(case.grid, experiment.case.grid)
+    for short, name in (("mpa", "mpa"), ("ls", "ls-systematic")):
+        drawn = METHODS[name](case, experiment.preference, Draws(0, "", range(60)))
+        assert torch.equal(drawn.samples, experiment.samples[short].samples)
 
 
 @pytest.mark.parametrize(

@@ -114,9 +114,9 @@ def test_file_says_what_runs(problem: Callable[..., Path]) -> None:
 BAD = {
     "unknown key": (("steps = 8", "stepps = 8"), "[blend] unknown key 'stepps'; allowed keys: kl_weight, methods, "),
     "unknown table": (("[blend]", "[bland]"), "unknown key 'bland'; allowed keys: base, blend, rewards"),
-    "wrong type": (("steps = 8", 'steps = "8"'), "[blend] steps must be an integer, got '8'"),
-    "missing key": (("kl_weight = 0.25", ""), "[blend] kl_weight is missing; give a finite number"),
-    "KL weight 0": (("kl_weight = 0.25", "kl_weight = 0"), "[blend]: kl_weight must be a finite number above 0, got 0"),
+    "wrong type": (("steps = 8", 'steps = "8"'), "[blend] steps must be an integer from 2 to 10000, got '8'"),
+    "missing key": (("kl_weight = 0.25", ""), "[blend] kl_weight is missing; give a finite number above 0"),
+    "KL weight 0": (("kl_weight = 0.25", "kl_weight = 0"), "[blend] kl_weight must be a finite number above 0, got 0"),
     "KL weight < 0": (("kl_weight = 0.25", "kl_weight = -1"), "kl_weight must be a finite number above 0, got -1"),
     "KL weight tiny": (("kl_weight = 0.25", "kl_weight = 1e-300"), "must fit into float64, got some that do not"),
     "no such member": (
@@ -125,16 +125,16 @@ BAD = {
         "definite, got smallest eigenvalue -0.8 for component 1",
     ),
     "no such target": (("strength = 1.0", "strength = -9.0"), "smallest eigenvalue -11.75 for component 0"),
-    "covariance": (("[[0.25]]", "[[-0.25]]"), "[base]: covariances must be positive definite, got smallest"),
-    "no covariance": (("covariances", "# covariances"), "[base]: needs either covariances or variances, got neither"),
-    "components": (("means = [[-1.5], [1.5]]", "means = [[-1.5]]"), "[base]: a mixture needs weights (K,) and means"),
+    "covariance": (("[[0.25]]", "[[-0.25]]"), "[base] covariances must be positive definite, got smallest"),
+    "no covariance": (("covariances", "# covariances"), "[base] needs either covariances or variances, got neither"),
+    "components": (("means = [[-1.5], [1.5]]", "means = [[-1.5]]"), "[base] a mixture needs weights (K,) and means"),
     "ragged": (("means = [[-1.5], [1.5]]", "means = [[-1.5], [1.5, 2]]"), "means must be numbers in rows of equal"),
-    "weights of the base": (("[0.6, 0.4]", "[0.6, 0.5]"), "[base]: mixture weights must sum to 1, got 1.1"),
+    "weights of the base": (("[0.6, 0.4]", "[0.6, 0.5]"), "[base] mixture weights must sum to 1, got 1.1"),
     "reward dimension": (
         ("linear = [1.0]", "linear = [1.0, 2.0]"),
         "[[rewards]] 1: the base has dimension 1, got a reward in 2",
     ),
-    "empty reward": (("linear = [1.0]", ""), "[[rewards]] 1: a reward needs linear (d,), quadratic (d, d) or both"),
+    "empty reward": (("linear = [1.0]", ""), "[[rewards]] 1 a reward needs linear (d,), quadratic (d, d) or both"),
     "reward twice": (('name = "left"', 'name = "right"'), "[[rewards]] 2: name must be neither empty nor taken"),
     "key of a reward": (("quadratic =", "quadratics ="), "[[rewards]] 2 unknown key 'quadratics'; allowed keys: "),
     "method": (('"ls-iid"', '"lora"'), "[blend] methods must be a list of any of 'exact', 'mpa', "),
@@ -143,17 +143,22 @@ BAD = {
     "spacing": (("seed = 0", 'spacing = "log"'), "[blend] spacing must be one of 'uniform', 'log-snr', "),
     "correction of an ODE": (
         ('"euler-maruyama"', '"dpm-2m"'),
-        "method 'mpa-corrected' needs a solver with noise, got 'dpm-2m'",
+        "method 'mpa-corrected' does not apply with solver 'dpm-2m' and coefficients [0, 0.5, 0.5]: a correction "
+        "needs a solver with noise; leave it out",
     ),
     "one member of negative weight": (
         ("strength = 1.0", "strength = 1.5"),
-        "method 'ls' needs coefficients over base and members that are probabilities, got [-0.5, 0.75, 0.75]",
+        "method 'ls' does not apply with solver 'euler-maruyama' and coefficients [-0.5, 0.75, 0.75]: one member a "
+        "step needs coefficients that are probabilities",
     ),
-    "too few weights": (("[0.5, 0.5]", "[1.0]"), "[blend]: weights must be one a reward (right, left), got 1"),
-    "NaN weight": (("[0.5, 0.5]", "[nan, 0.5]"), "[blend] weights must be a list of finite numbers, got nan"),
-    "one step": (("steps = 8", "steps = 1"), "[blend]: steps must be a whole number from 2 to 10000, got 1"),
-    "no samples": (("samples = 60", "samples = 0"), "[blend]: samples must be a whole number from 10 to "),
-    "seed": (("seed = 0", "seed = -1"), "[blend]: seed must be a whole number from 0"),
+    "too few weights": (("[0.5, 0.5]", "[1.0]"), "[blend]: weights in order must be one a member (right, left), got 1"),
+    "NaN weight": (
+        ("[0.5, 0.5]", "[nan, 0.5]"),
+        "[blend] weights must be a list of finite numbers or a table of finite numbers, got [nan",
+    ),
+    "one step": (("steps = 8", "steps = 1"), "[blend] steps must be an integer from 2 to 10000, got 1"),
+    "no samples": (("samples = 60", "samples = 0"), "[blend] samples must be an integer from 10 to "),
+    "seed": (("seed = 0", "seed = -1"), "[blend] seed must be an integer from 0"),
     "broken TOML": (("kl_weight = 0.25", "kl_weight = "), "not valid TOML: Invalid value (at line 18, column 13)"),
 }
 
@@ -217,7 +222,7 @@ def test_outputs_are_checked_before_the_run(
     def run(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("the run was started")
 
-    monkeypatch.setattr("toy.experiment.experiment.run", run)
+    monkeypatch.setattr("toy.experiment.command.run", run)
     path = problem()
     assert cli.main(["toy", str(path), *[option.format(tmp_path) for option in options]]) == 2
     captured = capsys.readouterr()
@@ -234,10 +239,10 @@ def test_problem_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_failure_leaves_what_was_there(
     problem: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def figure_bytes(*_: Any) -> NoReturn:
+    def encoded(*_: Any) -> NoReturn:
         raise OSError("no figure today")
 
-    monkeypatch.setattr(toy.plotting, "figure_bytes", figure_bytes)
+    monkeypatch.setattr(toy.plotting, "encoded", encoded)
     out = tmp_path / "out.json"
     out.write_text("from before")
     path = problem()

@@ -11,12 +11,13 @@ import torch
 from matplotlib.figure import Figure
 
 from sdeblend import VPLinear
+from sdeblend.shell.figures import encoded, panels
 from toy import control, problems
-from toy.experiment import Outcome, run
-from toy.experiment.settings import Settings
+from toy.experiment import Experiment, run
+from toy.experiment.settings import BlendSettings
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting import Cloud, figure_bytes, panels, style_of
 from toy.plotting.curves import certified, curve, family_style, kl_of_laws, kl_of_modes, label, legend_below, measured
+from toy.plotting.laws import Cloud, style_of
 from toy.plotting.line import (
     bounds_figure,
     conflict_figure,
@@ -33,20 +34,20 @@ METHODS = ("exact", "mpa", "mpa-corrected")
 
 
 @pytest.fixture(scope="module")
-def ring() -> Outcome:
-    return run(problems.ring8(), Settings(weights=(0.5, 0.5), methods=METHODS, samples=500, steps=20))
+def ring() -> Experiment:
+    return run(problems.ring8(), BlendSettings(weights=(0.5, 0.5), methods=METHODS, samples=500, steps=20))
 
 
 @pytest.fixture(scope="module")
-def line() -> Outcome:
-    return run(problems.line2(), Settings(weights=(0.5, 0.5), methods=METHODS, samples=500, steps=20))
+def line() -> Experiment:
+    return run(problems.line2(), BlendSettings(weights=(0.5, 0.5), methods=METHODS, samples=500, steps=20))
 
 
 def check(figure: Figure) -> list[str]:
     """Return the labels of the legend of a figure whose panels all have named axes; it can be drawn."""
     for axes in figure.axes:
         assert axes.get_ylabel() and (axes.get_xlabel() or axes.get_label() == "<colorbar>")
-    assert figure_bytes(figure, dpi=40).startswith(b"\x89PNG")
+    assert encoded(figure, dpi=40).startswith(b"\x89PNG")
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
@@ -57,7 +58,7 @@ def test_rms_is_the_one_of_the_law() -> None:
     assert rms(law, states, states.new_ones(2001, 2)) == pytest.approx(math.sqrt(2))
 
 
-def test_kl_of_modes_is_zero_for_the_targets_own_shares(ring: Outcome) -> None:
+def test_kl_of_modes_is_zero_for_the_targets_own_shares(ring: Experiment) -> None:
     wanted = ring.report["target"]["component_weights"]
     report = {**ring.report, "methods": {"mpa": {"component_weights": wanted}}}
     assert kl_of_modes(replace(ring, report=report), "mpa") == pytest.approx(0, abs=1e-12)
@@ -66,12 +67,12 @@ def test_kl_of_modes_is_zero_for_the_targets_own_shares(ring: Outcome) -> None:
     assert kl_of_modes(replace(ring, report=uniform), "mpa") == pytest.approx(by_hand)
 
 
-def test_kl_of_laws_is_that_of_the_blend_and_none_of_the_control(line: Outcome) -> None:
+def test_kl_of_laws_is_that_of_the_blend_and_none_of_the_control(line: Experiment) -> None:
     assert kl_of_laws(line, "exact") < 1e-6
     assert kl_of_laws(line, "mpa") == pytest.approx(0.245, rel=0.02)
 
 
-def test_curves_of_a_sweep_are_named_with_floor_and_target(line: Outcome) -> None:
+def test_curves_of_a_sweep_are_named_with_floor_and_target(line: Experiment) -> None:
     figure, (one, two, three) = panels(3)
     measured(one, [1.0], [line], "mode_weight_tv", METHODS)
     measured(two, [1.0], [line], "mean_reward/right", METHODS)
@@ -84,7 +85,7 @@ def test_curves_of_a_sweep_are_named_with_floor_and_target(line: Outcome) -> Non
     assert len(names) == len(set(names))
 
 
-def test_excess_is_over_the_target(line: Outcome) -> None:
+def test_excess_is_over_the_target(line: Experiment) -> None:
     _, (axes,) = panels(1)
     measured(axes, [1.0], [line], "mean_reward/right", ("mpa",), excess=True)
     target, mpa = (np.asarray(drawn.get_ydata(), dtype=float).item() for drawn in axes.get_lines())
@@ -106,9 +107,9 @@ def test_family_has_eight_colours_and_lines() -> None:
     assert len({style.colour for style in styles}) == len({str(style.line) for style in styles}) == 8
 
 
-def test_modes_and_laws(ring: Outcome) -> None:
+def test_modes_and_laws(ring: Experiment) -> None:
     assert check(modes_figure(ring, METHODS)) == ["exact target", "exact score", "DB-MPA", "DB-MPA corrected"]
-    base, target = ring.problem.base, ring.prepared.target
+    base, target = ring.problem.base, ring.target
     points = base.sample(100, generator=torch.Generator().manual_seed(0))
     laws = {"base": (base, style_of("base")), "target": (target, style_of("target"))}
     arrows = {"target": torch.ones(2, dtype=torch.float64)}
@@ -116,7 +117,7 @@ def test_modes_and_laws(ring: Outcome) -> None:
     assert check(figure) == ["base", "exact target"]
 
 
-def test_gap_on_the_line(line: Outcome) -> None:
+def test_gap_on_the_line(line: Experiment) -> None:
     problem, schedule, points = line.problem, VPLinear(), line_states(9, 2.0)
     checked = {0.3: control(problem.base, problem.rewards["right"], problem.kl_weight, schedule, points, 0.3)}
     assert "exact target" in check(controls_figure(problem, "right", schedule, checked, points))
@@ -127,7 +128,7 @@ def test_gap_on_the_line(line: Outcome) -> None:
     assert "exact target" in check(histograms_figure({"line2": line}, METHODS))
 
 
-def test_strengths(line: Outcome) -> None:
+def test_strengths(line: Experiment) -> None:
     problem = line.problem
     found = {s: torch.tensor([s, 0.1], dtype=torch.float64).unbind() for s in (0.0, 1.0)}
     names = check(strengths_figure(problem, "right", (0.0, 0.5, 1.0), found))  # type: ignore[arg-type]

@@ -12,20 +12,11 @@ import torch
 from matplotlib.colors import to_hex
 from matplotlib.contour import ContourSet
 
-from sdeblend.shell.figures import OKABE_ITO, panels
-from toy.experiment.settings import METHODS
+from sdeblend.shell.figures import FORMATS, OKABE_ITO, encoded, panels
+from toy.experiment.settings import USUAL
 from toy.mixtures.mixture import GaussianMixture
-from toy.plotting.laws import (
-    Cloud,
-    compare_figure,
-    contours_2d,
-    histogram_1d,
-    member_style,
-    points_2d,
-    style_of,
-    telling_pair,
-    window_of,
-)
+from toy.plotting.compare import compare_figure, telling_pair
+from toy.plotting.laws import Cloud, contours_2d, histogram_1d, member_style, points_2d, style_of, window_of
 from toy.problems import high_dimension, line2, ring8
 
 
@@ -34,8 +25,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_each_method_has_a_colour_and_a_line_of_its_own() -> None:
-    styles = [style_of(name) for name in METHODS]
-    assert len({style.colour for style in styles}) == len({str(style.line) for style in styles}) == len(METHODS)
+    styles = [style_of(name) for name in USUAL]
+    assert len({style.colour for style in styles}) == len({str(style.line) for style in styles}) == len(USUAL)
     assert {style.colour for style in styles} <= set(OKABE_ITO.values()) - {style_of("target").colour}
     assert style_of("something new").label == "something new"
     assert len({(member_style(i, "r").colour, str(member_style(i, "r").line)) for i in range(30)}) == 30
@@ -110,7 +101,25 @@ def test_figure_has_a_panel_a_method_and_the_target_in_each(make) -> None:
     assert all(f"member tuned for '{name}'" in texts for name in problem.names)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_same_figure_is_the_same_file(kind: str) -> None:
+    def draw(seed: int) -> bytes:
+        law = GaussianMixture([1.0], [[0.0, 0.0]], [1.0])
+        figure, (axes,) = panels(1)
+        contours_2d(axes, law, style_of("target"), [(-3, 3), (-3, 3)])
+        points_2d(axes, Cloud(law.sample(50, generator=generator(seed))), style_of("mpa"))
+        return encoded(figure, kind)
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_format_must_be_known() -> None:
+    figure, _ = panels(1)
+    with pytest.raises(ValueError, match="a figure can be png, svg, pdf, got 'gif'"):
+        encoded(figure, "gif")
+
+
 def test_no_global_figure_is_made() -> None:
-    program = "import sys, toy.plotting, toy.plotting.experiment; print('matplotlib.pyplot' in sys.modules)"
+    program = "import sys, toy.plotting, toy.plotting.compare; print('matplotlib.pyplot' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

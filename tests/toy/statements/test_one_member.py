@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdeblend import BackwardSDE, Blend, VPLinear, solve, time_grid
+from sdeblend.shell.figures import encoded
 from toy import MixtureStack, problems
-from toy.plotting import figure_bytes
 from toy.plotting.one_member import batches_figure, one_step_figure, sequence_figure
 from toy.statements.one_member import OneStep, covariance_error, extra_variance, one_step
 
@@ -82,6 +82,6 @@ def test_figures_name_the_control_and_the_target() -> None:
         "exact target": batches_figure(shares, TARGET.weights, [(0, "right"), (2, "up")], 0.01),
     }
     for text, figure in figures.items():
-        assert figure_bytes(figure, dpi=40).startswith(b"\x89PNG")
+        assert encoded(figure, dpi=40).startswith(b"\x89PNG")
         legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
         assert text in [entry.get_text() for legend in legends if legend is not None for entry in legend.get_texts()]
