@@ -1,9 +1,9 @@
 """Blend rewards on a Gaussian mixture of your own, every method beside the exact target.
 
-    sdeblend toy PROBLEM.toml [--json FILE] [--figure FILE]
+    sdeblend toy PROBLEM.toml [--json FILE] [--figure FILE] | --keys
 
-``toy.experiment.problem_file`` says what a problem file holds, ``toy.experiment.run`` what the result does. Files are
-written after everything has succeeded, each whole or not at all.
+``--keys`` lists what a problem file may hold, ``toy.experiment.run`` says what the result does. Files are written after
+everything has succeeded, each whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 
 from sdeblend.shell.console import progress, width_of
 from sdeblend.shell.files import write_atomically
+from sdeblend.shell.keys import ShowKeys
 from toy.experiment.experiment import run
-from toy.experiment.problem_file import load_problem
+from toy.experiment.problem_file import TABLES, load_problem
 from toy.experiment.table import report_table
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A problem file is TOML with the tables [base], [[rewards]] and [blend]; toy/examples has some.",
     )
     parser.add_argument("problem", metavar="PROBLEM.toml", type=Path, help="the mixture, its rewards and the blend")
+    parser.add_argument("--keys", action=ShowKeys, tables=lambda: TABLES)
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
     parser.add_argument("--figure", metavar="FILE", type=Path, help="draw there: .png, .svg or .pdf")
     return parser

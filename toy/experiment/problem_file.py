@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 from pydantic import Field
 
@@ -17,7 +18,7 @@ from sdeblend.shell.settings import parse, read_toml
 from toy.experiment.prepared import about, prepare
 from toy.experiment.settings import BlendSettings
 from toy.problems import Problem
-from toy.tables import MixtureTables
+from toy.tables import BaseTable, MixtureTables, RewardTable
 
 
 class BlendTable(BlendSettings):
@@ -38,6 +39,9 @@ class ProblemFile(MixtureTables):
     """
 
     blend: BlendTable
+
+
+TABLES: Final = {"[base]": BaseTable, "[[rewards]]": RewardTable, "[blend]": BlendTable}
 
 
 def load_problem(path: str | os.PathLike[str]) -> tuple[Problem, BlendSettings]:

@@ -251,6 +251,15 @@ def test_a_failure_leaves_what_was_there(
     assert sorted(tmp_path.iterdir()) == [out, path]
 
 
+def test_keys_are_those_of_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["toy", "--keys"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for text in ("[base]", "covariances", "[[rewards]]", "quadratic", "[blend]", "kl_weight", "'heun'", "20000"):
+        assert text in shown
+
+
 def test_help_and_summary(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["toy", "--help"])
