@@ -222,7 +222,7 @@ def test_outputs_are_checked_before_the_run(
     def run(*_: Any, **__: Any) -> NoReturn:
         raise AssertionError("the run was started")
 
-    monkeypatch.setattr("toy.experiment.command.run", run)
+    monkeypatch.setattr("toy.command.run", run)
     path = problem()
     assert cli.main(["toy", str(path), *[option.format(tmp_path) for option in options]]) == 2
     captured = capsys.readouterr()
