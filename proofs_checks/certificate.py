@@ -15,19 +15,16 @@ Source: data processing and Jensen; theory of the certificate in ``sdeblend.corr
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proofs_checks.harness.chains import line_nodes, log_transition, member_means, normal_density
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings
 from proofs_checks.harness.draw import draw_line, uniform
 from sdeblend import Ancestral, BackwardSDE, Certificate, Solution, VPLinear, solve, time_grid
 from toy.statements.fokker_planck import backward_density
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 90
 TITLE = "The certificate: how wrong a blend can be, from its own paths"

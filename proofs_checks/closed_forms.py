@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Differences, Outcome, Settings, worst
-from proofs_checks.harness.quadrature import Given, Lattice, RawProblem, draw_problem, draw_states, gradient
-from sdeblend import NoiseSchedule, VPLinear
+from proofs_checks.harness.check import Differences, Figure, Outcome, Settings, worst
+from proofs_checks.harness.draw import RawProblem, States, draw_problem, draw_states
+from proofs_checks.harness.quadrature import Given, Lattice, gradient
+from sdeblend import VPLinear
 from toy import GaussianMixture, QuadraticReward
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 10
 TITLE = "Closed forms on Gaussian mixtures"
@@ -52,8 +48,8 @@ def check(settings: Settings) -> Outcome:
             problem = draw_problem(generator, dim=dim)
             lattice = Lattice(problem)
             _static(problem, lattice, errors)
-            for state in draw_states(generator, problem, 6):
-                _noised(problem, lattice, *state, errors)
+            for states in draw_states(generator, problem, 6):
+                _noised(problem, lattice, states, errors)
     for dim in (3, 4, 5, 6):
         for _ in range(settings.choose(2, 8)):
             _dimensions(draw_problem(generator, dim=dim), generator, errors)
@@ -97,12 +93,10 @@ def _static(problem: RawProblem, lattice: Lattice, errors: Differences) -> None:
     errors.compare("KL divergence to the base", closed_kl, closed_kl + 2 * log_z, kl)
 
 
-def _noised(
-    problem: RawProblem, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor, errors: Differences
-) -> None:
+def _noised(problem: RawProblem, lattice: Lattice, states: States, errors: Differences) -> None:
     """Noised law, its score, and the posterior."""
-    x = x.requires_grad_()
-    given = Given(lattice, schedule, t, x)
+    schedule, t, x = states
+    given = Given(lattice, States(schedule, t, x.requires_grad_()))
     log_density = lattice.log_integral(given.log_joint)
     score = gradient(log_density, x)
     x, log_density = x.detach(), log_density.detach()

@@ -16,34 +16,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings
 from proofs_checks.harness.draw import Drawn, draw_line, draw_space, uniform
 from sdeblend import (
-    Ancestral,
     BackwardSDE,
     Correction,
-    EulerMaruyama,
-    ExponentialMultistep,
     Preference,
     ScoreFunction,
     Solution,
-    Step,
     VPLinear,
     solve,
     time_grid,
     trajectory,
 )
+from sdeblend.steps import Ancestral, EulerMaruyama, ExponentialMultistep, Step
 from toy import GaussianMixture
 from toy.problems import ring8
 from toy.scores.stack import mixture_score
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 80
 TITLE = "Feynman-Kac: weights that make the blend exact"

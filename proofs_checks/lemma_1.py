@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Differences, Measurement, Outcome, Settings, slope
-from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import (
-    Given,
-    Lattice,
-    RawProblem,
-    draw_points,
-    draw_problem,
-    draw_states,
-    gradient,
-)
-from sdeblend import NoiseSchedule, VPLinear
+from proofs_checks.harness.check import Differences, Figure, Measurement, Outcome, Settings, slope
+from proofs_checks.harness.draw import RawProblem, States, draw_points, draw_problem, draw_states, uniform
+from proofs_checks.harness.quadrature import Given, Lattice, gradient
+from sdeblend import VPLinear
 from sdeblend.schedule import SCHEDULES
 from toy import control, jensen_gap
 from toy.statements.bounds import jensen_bounds
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 30
 TITLE = "Lemma 1: the Jensen gap, and three bounds that hold it"
@@ -82,13 +71,13 @@ def check(settings: Settings) -> Outcome:
         if i % 2:  # nearly linear: B2 then rests on its second term
             problem = problem.with_curvature(0.1 * problem.rewards[0].quadratic)
         lattice = Lattice(problem)
-        for k, (schedule, t, x) in enumerate(draw_states(generator, problem, 40)):
+        for k, states in enumerate(draw_states(generator, problem, 40)):
             # The bounds must hold for weak tilts as well, where they are small.
             alpha = problem.kl_weight * float(uniform(generator, 0.0, 2.5).exp())
-            _compare(problem, alpha, lattice, schedule, t, x[:8], errors)
+            _compare(problem, alpha, lattice, states, errors)
             # Bounds cost as much for one state as for forty: one schedule a problem, another one for the next.
             if k == i % len(SCHEDULES):
-                bounds.hold(problem, alpha, lattice, schedule, t, x)
+                bounds.hold(problem, alpha, lattice, states)
 
     near = [_near_data(1 + i % 3, generator) for i in range(settings.choose(6, 20))]
     slopes, others, leading, halves = zip(*near, strict=True)
@@ -110,18 +99,11 @@ def check(settings: Settings) -> Outcome:
     return Outcome(measurements, {**over_time, "loose": loose}, findings)
 
 
-def _compare(
-    problem: RawProblem,
-    alpha: float,
-    lattice: Lattice,
-    schedule: NoiseSchedule,
-    t: Tensor,
-    x: Tensor,
-    errors: Differences,
-) -> None:
+def _compare(problem: RawProblem, alpha: float, lattice: Lattice, states: States, errors: Differences) -> None:
     """Compare the closed form with the covariance by integration, and with two gradients."""
-    values, x = lattice.rewards[0] / alpha, x.clone().requires_grad_()
-    given = Given(lattice, schedule, t, x)
+    values, (schedule, t, x) = lattice.rewards[0] / alpha, states
+    x = x[:8].clone().requires_grad_()
+    given = Given(lattice, States(schedule, t, x))
     u, ubar = gradient(given.log_expected(values), x), gradient(given.weights @ values, x)
     closed = jensen_gap(problem.base, problem.rewards[0].closed, alpha, schedule, x.detach(), t)
     errors.compare("gap as a covariance", given.gap(values).detach(), given.control(values).detach(), closed)
@@ -136,11 +118,10 @@ class _Bounds:
         self.broken: dict[str, list[Tensor]] = {name: [] for name in BOUNDS}
         self.off = dict.fromkeys(BOUNDS, (0.0, 0.0))
 
-    def hold(
-        self, problem: RawProblem, alpha: float, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor
-    ) -> None:
+    def hold(self, problem: RawProblem, alpha: float, lattice: Lattice, states: States) -> None:
         """Hold the gaps of some states against the bounds; on the line, the bounds against their integrals too."""
-        reward, values, given = problem.rewards[0].closed, lattice.rewards[0] / alpha, Given(lattice, schedule, t, x)
+        reward, values, given = problem.rewards[0].closed, lattice.rewards[0] / alpha, Given(lattice, states)
+        schedule, t, x = states
         # B3 can be as tight as rounding, which the integral has more of than the closed form that it confirms.
         size = jensen_gap(problem.base, reward, alpha, schedule, x, t).norm(dim=-1)
         found = jensen_bounds(problem.base, reward, alpha, schedule, x, t)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Differences, Measurement, Outcome, Settings
-from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import (
-    Given,
-    Lattice,
-    RawProblem,
-    draw_points,
-    draw_problem,
-    draw_states,
-    draw_time,
-)
-from sdeblend import Blend, NoiseSchedule, Preference, VPLinear
+from proofs_checks.harness.check import Differences, Figure, Measurement, Outcome, Settings
+from proofs_checks.harness.draw import RawProblem, States, draw_points, draw_problem, draw_states, draw_time, uniform
+from proofs_checks.harness.quadrature import Given, Lattice
+from sdeblend import Blend, Preference, VPLinear
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, jensen_gap
 from toy.scores.stack import MixtureStack
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 50
 TITLE = "Lemma 2: the error of a blend, and what does not bound it"
@@ -59,8 +46,8 @@ def check(settings: Settings) -> Outcome:
         for _ in range(count):
             problem = draw_problem(generator, dim=dim, rewards=int(torch.randint(2, 4, (), generator=generator)))
             lattice = Lattice(problem)
-            for state in draw_states(generator, problem, 6):
-                _identity(problem, lattice, *state, generator, errors)
+            for states in draw_states(generator, problem, 6):
+                _identity(problem, lattice, states, generator, errors)
     for dim in (3, 4, 5, 6):
         for _ in range(settings.choose(1, 4)):
             _dimensions(draw_problem(generator, dim=dim, rewards=3), generator, errors)
@@ -88,20 +75,15 @@ def check(settings: Settings) -> Outcome:
 
 
 def _identity(
-    problem: RawProblem,
-    lattice: Lattice,
-    schedule: NoiseSchedule,
-    t: Tensor,
-    x: Tensor,
-    generator: torch.Generator,
-    errors: Differences,
+    problem: RawProblem, lattice: Lattice, states: States, generator: torch.Generator, errors: Differences
 ) -> None:
     """Both sides for a drawn preference, at strength 1 and at a drawn one."""
     base, alpha, rewards = problem.base, problem.kl_weight, [reward.closed for reward in problem.rewards]
     share = uniform(generator, 0.2, 1.0, len(rewards))
     weights, strength = (share / share.sum()).tolist(), float(uniform(generator, 0.3, 1.6))
+    schedule, t, x = states
     stack = MixtureStack([base, *(base.tilt(r, kl_weight=alpha) for r in rewards)], schedule)
-    given = Given(lattice, schedule, t, x)
+    given = Given(lattice, states)
     whole = torch.tensor(weights, dtype=torch.float64) @ lattice.rewards / alpha
     mean_gap = sum(w * given.gap(values / alpha) for w, values in zip(weights, lattice.rewards, strict=True))
     for factor, name in ((1.0, "preference (strength 1)"), (strength, "preference and strength")):

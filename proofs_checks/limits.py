@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Differences, Measurement, Outcome, Settings, worst
-from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import draw_points, draw_problem, draw_states
+from proofs_checks.harness.check import Differences, Figure, Measurement, Outcome, Settings, worst
+from proofs_checks.harness.draw import draw_points, draw_problem, draw_states, uniform
 from sdeblend import BackwardSDE, Blend, ExponentialMultistep, Preference, VPLinear, solve, time_grid
 from toy import GaussianMixture, QuadraticReward, blend_gap, combine, control, jensen_gap
 from toy.scores.stack import MixtureStack
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 110
 TITLE = "Limits: where blending is exact"

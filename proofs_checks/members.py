@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings
 from proofs_checks.harness.draw import draw_line
 from sdeblend import BackwardSDE, VPLinear, solve, time_grid
 from sdeblend.finetune.trainers.regression import RegressionSettings, RewardRegression
@@ -21,9 +20,6 @@ from toy.metrics import mode_weight_tv
 from toy.networks.network import Network, for_mixture, pretrain
 from toy.networks.tunable import ExactEps, MixtureTunable, TunedScore, reward_of
 from toy.statements.recovery import recovered
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 120
 TITLE = "Members: a tuned network is the tilt at the KL weight that was asked for"

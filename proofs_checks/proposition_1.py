@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
 
-from proofs_checks.harness.check import Differences, Outcome, Settings
-from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import Given, Lattice, RawProblem, draw_problem, draw_states, gradient
-from sdeblend import NoiseSchedule, VPLinear
+from proofs_checks.harness.check import Differences, Figure, Outcome, Settings
+from proofs_checks.harness.draw import RawProblem, States, draw_problem, draw_states, uniform
+from proofs_checks.harness.quadrature import Given, Lattice, gradient
+from sdeblend import VPLinear
 from toy import control
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 20
 TITLE = "Proposition 1: alignment is a tilt, and adds a control to the score"
@@ -53,20 +47,18 @@ def check(settings: Settings) -> Outcome:
         for _ in range(count):
             problem = draw_problem(generator, dim=dim)
             lattice = Lattice(problem)
-            for state in draw_states(generator, problem, 6):
-                _control(problem, lattice, *state, errors)
+            for states in draw_states(generator, problem, 6):
+                _control(problem, lattice, states, errors)
             for _ in range(4):
                 _objective(problem, lattice, generator, errors)
     return Outcome(errors.measurements(), {**errors.data, **_illustration(settings)})
 
 
-def _control(
-    problem: RawProblem, lattice: Lattice, schedule: NoiseSchedule, t: Tensor, x: Tensor, errors: Differences
-) -> None:
+def _control(problem: RawProblem, lattice: Lattice, states: States, errors: Differences) -> None:
     """The control and the scalar identity."""
     base, reward, alpha = problem.base, problem.rewards[0].closed, problem.kl_weight
-    values, x = lattice.rewards[0] / alpha, x.requires_grad_()
-    given = Given(lattice, schedule, t, x)
+    values, (schedule, t, x) = lattice.rewards[0] / alpha, states
+    given = Given(lattice, States(schedule, t, x.requires_grad_()))
     log_expected = given.log_expected(values)
     u, log_expected = gradient(log_expected, x), log_expected.detach()
     x = x.detach()
@@ -108,7 +100,7 @@ def _illustration(settings: Settings) -> dict[str, object]:
     curves, dots = [], []
     for t in TIMES:
         curves.append(control(problem.base, reward, problem.kl_weight, schedule, x, t)[:, 0].numpy())
-        given = Given(lattice, schedule, torch.tensor(t, dtype=torch.float64), few)
+        given = Given(lattice, States(schedule, torch.tensor(t, dtype=torch.float64), few))
         dots.append(gradient(given.log_expected(lattice.rewards[0] / problem.kl_weight), few)[:, 0].numpy())
     return {"x": x[:, 0].numpy(), "dots": few.detach()[:, 0].numpy(), "control": curves, "control_dots": dots,
             "times": TIMES, "kl_weight": problem.kl_weight}  # fmt: skip

@@ -13,33 +13,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
-from proofs_checks.harness.check import Measurement, Outcome, Settings, slope
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings, slope
 from proofs_checks.harness.draw import Drawn, draw_line, draw_space, uniform
 from proofs_checks.harness.quadrature import gradient
-from sdeblend import (
-    BackwardSDE,
-    Blend,
-    EulerMaruyama,
-    OneMemberPerStep,
-    Preference,
-    ReplayNoise,
-    ScoreFunction,
-    VPLinear,
-    solve,
-    time_grid,
-)
+from sdeblend import BackwardSDE, Blend, OneMemberPerStep, Preference, ReplayNoise, ScoreFunction, VPLinear, solve
+from sdeblend.grid import time_grid
 from sdeblend.select import PERIOD, Selection, systematic_sequence
+from sdeblend.steps import EulerMaruyama
 from toy.problems import ring8
 from toy.scores.stack import MixtureStack
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 70
 TITLE = "Proposition 2: one member a step (DB-MPA-LS)"
@@ -132,9 +119,8 @@ def figure(outcome: Outcome) -> Figure:
     right.set_yscale("log")
     right.set_ylim(top=6 * max(sizes))
     right.set_xticks(range(3), names)
-    figures.label(
-        right, f"ring8, {RING_STEPS} steps, same noise", "how members are drawn", "covariance error (Frobenius)"
-    )
+    title = f"ring8, {RING_STEPS} steps, same noise"
+    figures.label(right, title, "how members are drawn", "covariance error (Frobenius)")
     return picture
 
 

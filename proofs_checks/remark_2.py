@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings, slope
-from proofs_checks.harness.draw import uniform
-from proofs_checks.harness.quadrature import Given, Lattice, Numbers, RawProblem, draw_points, draw_problem
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings, slope
+from proofs_checks.harness.draw import Numbers, RawProblem, States, draw_points, draw_problem, uniform
+from proofs_checks.harness.quadrature import Given, Lattice
 from sdeblend import NoiseSchedule, VPLinear
 from toy import GaussianMixture, QuadraticReward, control, jensen_gap
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 40
 TITLE = "Remark 2: how the Jensen gap grows as the KL weight falls"
@@ -61,7 +57,7 @@ def check(settings: Settings) -> Outcome:
         t = torch.tensor(TIMES[i % len(TIMES)], dtype=torch.float64)
         x = draw_points(generator, problem, schedule, t, 48)
         lattice = Lattice(problem)
-        given = Given(lattice, schedule, t, x)
+        given = Given(lattice, States(schedule, t, x))
         leading = given.gain / 2 * given.third(lattice.rewards[0])
         state = problem.base, problem.rewards[0].closed, schedule, x, t
         gap, at_weak = _over(jensen_gap, weak, *state), leading * weak[:, None, None] ** -2

@@ -15,32 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.check import Measurement, Outcome, Settings, slope
+from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings, slope
 from proofs_checks.harness.draw import draw_line, draw_space
-from sdeblend import (
-    STEPS,
-    BackwardSDE,
-    NoiseSchedule,
-    RectifiedFlow,
-    ReplayNoise,
-    ScoreFunction,
-    Step,
-    VPLinear,
-    solve,
-    time_grid,
-)
+from sdeblend import BackwardSDE, NoiseSchedule, RectifiedFlow, ReplayNoise, ScoreFunction, VPLinear, solve, time_grid
 from sdeblend.grid import Spacing
+from sdeblend.steps import STEPS, Step
 from sdeblend.torchsde_bridge import TorchSDE, solve_torchsde
 from toy import GaussianMixture
 from toy.scores.stack import mixture_score
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
 
 PLACE = 100
 TITLE = "The coupling of solvers: our steps and torchsde's"

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, computed_field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from proofs_checks.harness.figures import Figure
+else:
+    Figure = Any  # matplotlib is imported where something is drawn
 
 # What two sides of an identity may differ by.
 ROUNDING = 1e-10

@@ -5,13 +5,10 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import proofs_checks
-from proofs_checks.harness.check import Outcome, Settings
-
-if TYPE_CHECKING:
-    from proofs_checks.harness.figures import Figure
+from proofs_checks.harness.check import Figure, Outcome, Settings
 
 
 class Statement(Protocol):

@@ -34,15 +34,17 @@ def outcomes_text(outcomes: Mapping[str, Outcome]) -> str:
             parts.append(textwrap.indent(shown, "  "))
         parts += [textwrap.fill(finding, WIDTH, initial_indent="    ", subsequent_indent="    ")
                   if "\n" not in finding else finding for finding in outcome.findings]  # fmt: skip
-    passed = sum(outcome.passed for outcome in outcomes.values())
-    every = [m for outcome in outcomes.values() for m in outcome.measurements]
-    within, rejected = sum(m.holds for m in every), sum(m.control_rejected for m in every)
-    parts += [
-        "",
-        f"{passed} of {len(outcomes)} statements hold: {within} of {len(every)} measurements within their bounds, "
-        f"{rejected} of {len(every)} controls rejected",
-    ]
-    return "\n".join(parts)
+    return "\n".join([*parts, "", " ".join(summary(outcomes))])
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> tuple[str, str]:
+    """Return how many statements hold, and how many measurements and controls did what they must."""
+    rows = [m for outcome in outcomes.values() for m in outcome.measurements]
+    within, rejected = sum(m.holds for m in rows), sum(m.control_rejected for m in rows)
+    return (
+        f"{sum(outcome.passed for outcome in outcomes.values())} of {len(outcomes)} statements hold:",
+        f"{within} of {len(rows)} measurements within their bounds, {rejected} of {len(rows)} controls rejected",
+    )
 
 
 def _rows(m: Measurement) -> Iterator[tuple[str, ...]]:

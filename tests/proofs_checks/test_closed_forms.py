@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from proofs_checks import closed_forms, lemma_1, lemma_2, limits, proposition_1, remark_2
-from proofs_checks.harness import quadrature
+from proofs_checks.harness import draw, quadrature
 from proofs_checks.harness.check import Differences, Outcome, Settings
 from proofs_checks.harness.statements import statement
 from sdeblend import Blend, Preference, VPLinear
@@ -126,10 +126,10 @@ def test_samples_of_another_strength_are_noticed(monkeypatch: pytest.MonkeyPatch
 
 def test_lattice_agrees_with_itself_at_half_the_spacing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    problem = quadrature.draw_problem(generator, dim=2)
+    problem = draw.draw_problem(generator, dim=2)
     x = torch.tensor([[0.3, -0.5]], dtype=torch.float64)
     schedule, values = VPLinear(), []
-    least = schedule.time_of_log_snr(quadrature.LOG_SNR[1])
+    least = schedule.time_of_log_snr(draw.LOG_SNR[1])
     for spacing in (0.08, 0.04, 0.4):
         monkeypatch.setitem(quadrature.SPACING, 2, spacing)
         lattice = quadrature.Lattice(problem)
