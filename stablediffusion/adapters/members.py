@@ -8,14 +8,13 @@ m LoRA members cost the base and m LoRA files of memory, never m networks.
 from __future__ import annotations
 
 import functools
-import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, Json, PositiveFloat, ValidationError
 from torch import Tensor, nn
 
 from stablediffusion.adapters.files import LoraFile, load_lora, read_lora, remove_adapter
@@ -49,6 +48,15 @@ class Member:
     reward: Mapping[str, float] | None = None
     guidance: float | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
+
+
+class _Tuning(BaseModel, allow_inf_nan=False):
+    """What a member's file says of its tuning, each value as text."""
+
+    kl_weight: PositiveFloat | None = None
+    reward: Json[dict[str, float]] | None = None
+    guidance: float | None = None
+    scales: Json[dict[str, PositiveFloat]] = Field(default="{}", validate_default=True)
 
 
 class Members:
@@ -187,17 +195,10 @@ def _known(name: str, file: LoraFile, identity: Callable[[], str]) -> dict[str, 
             "for, or tune it on this one"
         )
     try:
-        kl_weight, guidance = (float(file.about[k]) if k in file.about else None for k in ("kl_weight", "guidance"))
-        reward, scales = (json.loads(file.about[k]) if k in file.about else None for k in ("reward", "scales"))
-        if kl_weight is not None and not 0 < kl_weight < math.inf:
-            raise ValueError(f"kl_weight is {kl_weight}")
-        reward = None if reward is None else {str(key): float(weight) for key, weight in reward.items()}
-        scales = {} if scales is None else {str(key): float(value) for key, value in scales.items()}
-        if not all(0 < value < math.inf for value in scales.values()):
-            raise ValueError(f"scales are {scales}")
-    except (ValueError, TypeError, AttributeError) as error:
+        return dict(_Tuning.model_validate({key: file.about[key] for key in _Tuning.model_fields if key in file.about}))
+    except ValidationError as error:
+        first = error.errors()[0]
         raise ValueError(
-            f"member {name!r} needs readable sdeblend.* metadata in {file.path}, got "
-            f"{' '.join(str(error).split())}; tune it again, or remove these entries"
+            f"member {name!r} needs readable sdeblend.* metadata in {file.path}, got {first['input']!r} for "
+            f"{first['loc'][0]} ({first['msg']}); tune it again, or remove these entries"
         ) from error
-    return {"kl_weight": kl_weight, "reward": reward, "guidance": guidance, "scales": scales}

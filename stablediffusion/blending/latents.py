@@ -38,46 +38,72 @@ from stablediffusion.pipelines.inputs import (
     image_size,
     images_of,
     network_time,
-)
+)  # fmt: skip
 from stablediffusion.pipelines.schedulers import schedule_of
 
 
 class PipelineScore(ScoreStack):
-    """Scores of a pipeline's base (member 0) and members on latents, with guidance; see ``pipeline_score``.
+    """A text-to-image pipeline's base (member 0) and members as guided scores on latents.
+
+    Args:
+        pipe: SD 1.5, SD 2.1, SDXL, SD 3 or Flux, text to image.
+        prompt: one, or several.
+        members: what ``load_members`` returned; None for the base alone.
+        guidance_scale: g of classifier-free guidance; 1 is none, at half the cost.
+        negative_prompt: one, or one a prompt.
+        images: per prompt; the batch is prompts times images.
+        embedded_guidance: what a guidance-distilled Flux takes as input.
+        height, width: of the images in pixels; the model's own by default.
+        batched: adapters side by side in one pass; by default on a CUDA device only.
 
     Attributes:
         schedule: the forward process the network was trained on.
         prediction: what the network predicts: "eps", "v", "x0" or "flow".
-        names: the members' names, the order of the stack after the base.
+        names: the members' names, the order of the stack after the base; a ``Preference`` weighs it by them.
         shape: of the state, (B, *event); Flux packs its latents into (B, tokens, channels).
+
+    Raises:
+        ValueError: another task, prompts and negative prompts that do not match, or members that cannot run.
     """
 
     def __init__(
         self,
         pipe: Any,
-        members: Members,
-        prompts: Sequence[str],
-        negatives: Sequence[str],
-        images: int,
-        guidance_scale: float,
-        embedded_guidance: float,
-        size: tuple[int, int],
-        side_by_side: bool,
+        prompt: str | Sequence[str],
+        *,
+        members: Members | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] = "",
+        images: int = 1,
+        embedded_guidance: float = 3.5,
+        height: int | None = None,
+        width: int | None = None,
+        batched: bool | None = None,
     ) -> None:
-        self.pipe, self.guidance_scale, self.size = pipe, float(guidance_scale), size
-        self.schedule, self.prediction = schedule_of(pipe)
-        self._take(members, side_by_side)
+        text_to_image(pipe, "a score on latents")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if not prompts or len(negatives) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need one negative prompt or as many, got {len(negatives)}")
+        if images < 1:
+            raise ValueError(f"a prompt needs at least one image, got {images}")
         network = denoiser_of(pipe)[1]
+        chosen = (members or Members(pipe, {})).on(pipe)
+        if batched is None:
+            batched = len(chosen) > 0 and next(network.parameters()).is_cuda and chosen.adapters_only
+        self.pipe, self.guidance_scale, self.size = pipe, float(guidance_scale), image_size(pipe, height, width)
+        self.schedule, self.prediction = schedule_of(pipe)
+        self._take(chosen, bool(batched))
         self.dtype, self.device = network.dtype, pipe._execution_device
         self.branches = 1 if guidance_scale == 1 else 2
         self._index: Tensor | None = None
-        with torch.no_grad(), members.text_switch.borrowed() as switch:
+        with torch.no_grad(), chosen.text_switch.borrowed() as switch:
             base = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
-            for member in members.text_members:
+            for member in chosen.text_members:
                 switch.use(str(member.adapter))
                 own = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
                 self._denoiser.embeddings.record(member.name, base, own)
-        event, self._fixed = denoiser_arguments(pipe, base, size, self.branches, embedded_guidance)
+        event, self._fixed = denoiser_arguments(pipe, base, self.size, self.branches, embedded_guidance)
         self.shape = (len(prompts) * images, *event)
 
     def _take(self, members: Members, side_by_side: bool) -> None:
@@ -206,51 +232,4 @@ class SoupScore(Bound):
         return part
 
 
-def pipeline_score(
-    pipe: Any,
-    prompt: str | Sequence[str],
-    *,
-    members: Members | None = None,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | Sequence[str] = "",
-    images: int = 1,
-    embedded_guidance: float = 3.5,
-    height: int | None = None,
-    width: int | None = None,
-    batched: bool | None = None,
-) -> PipelineScore:
-    """Return a text-to-image pipeline's base and members as scores on latents.
-
-    Args:
-        pipe: SD 1.5, SD 2.1, SDXL, SD 3 or Flux, text to image.
-        prompt: one, or several.
-        members: what ``load_members`` returned; None for the base alone.
-        guidance_scale: g of classifier-free guidance; 1 is none, at half the cost.
-        negative_prompt: one, or one a prompt.
-        images: per prompt; the batch is prompts times images.
-        embedded_guidance: what a guidance-distilled Flux takes as input.
-        height, width: of the images in pixels; the model's own by default.
-        batched: adapters side by side in one pass; by default on a CUDA device only.
-
-    Returns:
-        a ``ScoreStack`` with ``schedule``, ``names``, ``shape``, ``prior`` and ``decode``. Its names let ``Blend`` and
-        ``OneMemberPerStep`` weigh it by a ``Preference``, in any order.
-
-    Raises:
-        ValueError: another task, prompts and negative prompts that do not match, or members that cannot run.
-    """
-    text_to_image(pipe, "a score on latents")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-    if not prompts or len(negatives) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts need one negative prompt or as many, got {len(negatives)}")
-    if images < 1:
-        raise ValueError(f"a prompt needs at least one image, got {images}")
-    network = denoiser_of(pipe)[1]
-    chosen = (members or Members(pipe, {})).on(pipe)
-    if batched is None:
-        batched = len(chosen) > 0 and next(network.parameters()).is_cuda and chosen.adapters_only
-    size = image_size(pipe, height, width)
-    return PipelineScore(
-        pipe, chosen, prompts, negatives, images, guidance_scale, embedded_guidance, size, bool(batched)
-    )
+pipeline_score = PipelineScore

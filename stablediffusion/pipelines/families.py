@@ -31,6 +31,10 @@ def _unchanged(pipe: Any, latents: Tensor, size: Size) -> Tensor:
     return latents
 
 
+def _none(pipe: Any, pooled: Tensor | None, text: Tensor, size: Size, guidance: float) -> dict[str, Any]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     """How the networks of a family are called.
@@ -143,10 +147,6 @@ def _flux_event(pipe: Any, size: Size) -> tuple[int, ...]:
     return tall * wide, denoiser_of(pipe)[1].config.in_channels
 
 
-def _sd_conditions(pipe: Any, pooled: Tensor | None, text: Tensor, size: Size, guidance: float) -> dict[str, Any]:
-    return {}
-
-
 def _sdxl_conditions(pipe: Any, pooled: Tensor | None, text: Tensor, size: Size, guidance: float) -> dict[str, Any]:
     width, dtype = pipe.text_encoder_2.config.projection_dim, denoiser_of(pipe)[1].dtype
     ids = pipe._get_add_time_ids(size, (0, 0), size, dtype, text_encoder_projection_dim=width)
@@ -177,7 +177,7 @@ def _flux_unpack(pipe: Any, latents: Tensor, size: Size) -> Tensor:
 FAMILIES = {
     family.stem: family
     for family in (
-        Family("StableDiffusion", _plain_encode, _latent_event, _sd_conditions),
+        Family("StableDiffusion", _plain_encode, _latent_event, _none),
         Family("StableDiffusionXL", _plain_encode, _latent_event, _sdxl_conditions),
         Family("StableDiffusion3", _sd3_encode, _latent_event, _sd3_conditions),
         Family("Flux", _flux_encode, _flux_event, _flux_conditions, _flux_unpack, time_scale=1e-3),

@@ -4,17 +4,15 @@ Every builder is deterministic in its ``seed`` and leaves the global random stat
 """
 
 from stablediffusion.testing.families import FAMILIES, TASKS
-from stablediffusion.testing.loras import lora_config, tiny_lora
+from stablediffusion.testing.loras import tiny_lora
 from stablediffusion.testing.networks import mid_size_unet, sd15_size_unet
-from stablediffusion.testing.pipelines import sibling_pipeline, tiny_call, tiny_image, tiny_mask, tiny_pipeline
+from stablediffusion.testing.pipelines import tiny_call, tiny_image, tiny_mask, tiny_pipeline
 
 __all__ = [
     "FAMILIES",
     "TASKS",
-    "lora_config",
     "mid_size_unet",
     "sd15_size_unet",
-    "sibling_pipeline",
     "tiny_call",
     "tiny_image",
     "tiny_lora",

@@ -23,22 +23,6 @@ TARGETS = {
 }
 
 
-def lora_config(target: str = "denoiser", rank: int = 4, alpha: float | None = None) -> LoraConfig:
-    """Return the LoRA configuration on attention: to_q, to_k, to_v, to_out.0 (or q_proj, ... of CLIP).
-
-    Args:
-        target: "denoiser" or "text-encoder".
-        rank: of the factors.
-        alpha: the change is ``alpha / rank`` times B A; the rank by default.
-
-    Raises:
-        ValueError: for an unknown target.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
-    return LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(TARGETS[target]))
-
-
 def tiny_lora(
     pipe: Any,
     path: str | Path,
@@ -62,8 +46,14 @@ def tiny_lora(
 
     Returns:
         the path.
+
+    Raises:
+        ValueError: for an unknown target.
     """
-    config, adapter = lora_config(target, rank, alpha), "tiny"
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    adapter, alpha = "tiny", rank if alpha is None else alpha
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[target]))
     encoders = [m for m in text_encoders_of(pipe).values() if type(m).__name__.startswith("CLIP")]
     modules: list[Any] = [denoiser_of(pipe)[1]] if target == "denoiser" else encoders
     with seeded(seed):

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stablediffusion.pipelines.families import family_of
 from stablediffusion.testing.families import FAMILIES, LATENT_SIZE, TASKS
 from stablediffusion.testing.networks import controlnet, seeded
 from stablediffusion.testing.text import T5_LENGTH
 
 IMAGE_SIZE = 2 * LATENT_SIZE
-_SUFFIX = {"text2img": "", "img2img": "Img2Img", "inpaint": "Inpaint", "inpaint9": "Inpaint"}
-_SUFFIX |= {"controlnet": "ControlNet"}
+_SUFFIX = dict(zip(TASKS, ("", "Img2Img", "Inpaint", "Inpaint", "ControlNet"), strict=True))
 
 
 def tiny_pipeline(
@@ -69,24 +67,7 @@ def tiny_pipeline(
             # past diffusers' own ``to``, which warns about float32 modules that there are none of
             torch.nn.Module.to(part, dtype).eval().requires_grad_(False)
     parts["scheduler"] = tiny.scheduler() if scheduler is None else scheduler
-    return _assemble(tiny.stem, task, parts | dict(tiny.extra))
-
-
-def sibling_pipeline(pipe: Any, task: str) -> Any:
-    """Return a pipeline of another task over the same components (no copies).
-
-    Args:
-        pipe: what ``tiny_pipeline`` returned.
-        task: "text2img", "img2img" or "inpaint".
-    """
-    stem = family_of(pipe).stem
-    parts = {name: part for name, part in pipe.components.items() if name != "controlnet"}
-    extra = next(tiny.extra for tiny in FAMILIES.values() if tiny.stem == stem)
-    return _assemble(stem, task, parts | dict(extra))
-
-
-def _assemble(stem: str, task: str, parts: dict[str, Any]) -> Any:
-    pipe = getattr(diffusers, f"{stem}{_SUFFIX[task]}Pipeline")(**parts)
+    pipe = getattr(diffusers, f"{tiny.stem}{_SUFFIX[task]}Pipeline")(**parts, **tiny.extra)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
