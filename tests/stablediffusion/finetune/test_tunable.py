@@ -264,7 +264,7 @@ def test_conditions_are_drawn_from_the_source(tmp_path):
 
 def test_what_cannot_be_tuned_is_refused(tmp_path):
     pipe = tiny_pipeline("sd15", "img2img")
-    refuses(lambda: PipelineTunable(pipe, PROMPTS), "tuning needs one of", "Img2Img")
+    refuses(lambda: PipelineTunable(pipe, PROMPTS), "tuning needs a text-to-image pipeline", "Img2Img")
     for options, part in (
         ({"rank": 0}, "rank must be"), ({"decode_batch": 0}, "decode_batch"), ({"layers": ()}, "layers must be"),
         ({"layers": ("heads",)}, "layers must be"), ({"prompts": []}, "at least one prompt"),
