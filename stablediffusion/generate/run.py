@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from sdeblend.shell.console import Bar, progress
-from sdeblend.shell.figures import contact_sheet, encoded
 from sdeblend.shell.files import write_atomically
 from sdeblend.shell.registry import versions
 from stablediffusion.adapters.files import find_lora
@@ -81,7 +80,7 @@ class Run:
             with progress("images", len(missing) * self.options.steps, unit="steps") as bar:
                 for k in missing:
                     self._finish_point(pipe, members, k, bar)
-        write_atomically(self.out / "sheet.png", encoded(self._sheet()))
+        write_atomically(self.out / "sheet.png", self._sheet())
 
     def _pipeline(self) -> Any:
         o = self.options
@@ -98,6 +97,8 @@ class Run:
         return pipe.to(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _finish_point(self, pipe: Any, members: Members, k: int, bar: Bar) -> None:
+        from sdeblend.shell.figures import encoded
+
         o, preference = self.options, self.preferences[k]
         correct = None if o.correct == "none" or (o.mode != "mpa" and o.correct == "certify") else o.correct
         seeds = [o.seed + i for i in range(o.images)]
@@ -131,17 +132,20 @@ class Run:
         self.record["results"][str(k)] = {"coefficients": named, "seeds": seeds, "files": files} | made_by | result
         write_atomically(self.out / "run.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
-    def _sheet(self) -> Image.Image:
+    def _sheet(self) -> bytes:
         """Return one row a point, labelled with its weights, one column a seed, under the settings they share."""
+        from sdeblend.shell.figures import contact_sheet, encoded
+
         o, results = self.options, [self.record["results"][str(k)] for k in range(len(self.preferences))]
         # resampled images descend from others: a column is then no seed
         what = "image" if o.correct == "resample" else "seed"
-        return contact_sheet(
+        sheet = contact_sheet(
             [[Image.open(self.out / name) for name in result["files"]] for result in results],
             rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.record["points"]],
             columns=[f"{what} {seed}" for seed in results[0]["seeds"]],
             title=f"{o.prompt}\nmode {o.mode}, strength {o.strength:g}, guidance {o.guidance:g}",
         )
+        return encoded(sheet)
 
 
 def _result(knobs: Knobs) -> dict[str, Any]:

@@ -112,8 +112,7 @@ def test_soups_of_scores_are_those_of_weights_added_by_hand(tmp_path):
                         w * d for w, d in zip(shares.values(), down, strict=True)
                     )
                 merged.get_submodule(name).weight += change
-        preference = Preference({name: share / 1.3 for name, share in shares.items()}, strength=1.3)
-        soup = SoupScore(base, members, preference, mode)
+        soup = SoupScore(base, members, Preference({k: w / 1.3 for k, w in shares.items()}, strength=1.3), mode)
         found = soup(x, t)
         other = tiny_pipeline("sd15", seed=3)
         other.unet.load_state_dict(merged.state_dict())
