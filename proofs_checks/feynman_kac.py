@@ -59,7 +59,7 @@ FALSIFIED_BY = (
 STEPS = 200
 RING_STEPS = 100
 # The mean distance of fewer runs is itself uncertain by more than a tenth.
-RUNS = 64
+RUNS = 100
 KL_WEIGHTS = (0.25, 0.1)
 # Where few paths carry the mean weight more of them are drawn, until its standard error is a fifth of the bound.
 NATS, BATCH, BATCHES = 0.05, 20_000, 25
@@ -256,7 +256,7 @@ def _normalizer(drawn: Drawn, generator: torch.Generator) -> tuple[float, float,
 def _ring(settings: Settings, alpha: float) -> _Ring:
     """Sample the ring plain, corrected and with the exact score, in independent runs of many samples each."""
     generator, schedule = settings.generator(f"feynman_kac.ring.{alpha}"), VPLinear()
-    particles, step = settings.choose(512, 2048), ExponentialMultistep()
+    particles, step = settings.choose(400, 1600), ExponentialMultistep()
     drawn = Drawn(ring8().with_kl_weight(alpha), Preference({"right": 0.5, "up": 0.5}))
     # A second-order step on its own grid: what is left is the sampling, not the discretisation.
     grid, start = time_grid(schedule, RING_STEPS, "log-snr"), schedule.prior((RUNS * particles, 2), generator=generator)

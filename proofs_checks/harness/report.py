@@ -79,10 +79,13 @@ def _banner(outcomes: dict[str, Outcome]) -> str:
 
 
 def _run(outcomes: dict[str, Outcome], settings: Settings, only: Sequence[str]) -> str:
+    before = [recorded().get(name, Count()) for name in statements()]
+    least = Count(min(c.fast for c in before), min(c.full for c in before), sum(c.failed for c in before))
     facts = {
         "seed": str(settings.seed),
         "size": "fast (fewer problems and samples)" if settings.fast else "full",
         "repeat with": repeat(settings, only),
+        "seeds before": f"at least {least} (sdeblend verify --seeds 0:200, and with --fast)",
         "time": f"{sum(o.seconds for o in outcomes.values()):.0f} s of computing, one thread a check",
         "versions": ", ".join([f"Python {platform.python_version()}", *(f"{n} {_version(n)}" for n in LIBRARIES)]),
     }

@@ -82,7 +82,7 @@ def test_bounds_that_are_off_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gap_of_another_order_or_size_near_the_data_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    slope, leading = ["t to 0", " slope of log gap over log s²"][0], "gap at t = 0.001 less its leading term"
+    slope, leading = ["t to 0", " slope of log gap over log s²"][0], "gap at t = 0.0001 less its leading term"
     monkeypatch.setattr(lemma_1, "jensen_gap", lambda *given: 1.03 * jensen_gap(*given))
     assert failing(lemma_1.check) == {"gap as a covariance", "gap as a gradient", leading, "largest gap over B3"}
     monkeypatch.setattr(lemma_1, "jensen_gap", control)
