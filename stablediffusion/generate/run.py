@@ -144,6 +144,7 @@ class Run:
             rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.record["points"]],
             columns=[f"{what} {seed}" for seed in results[0]["seeds"]],
             title=f"{o.prompt}\nmode {o.mode}, strength {o.strength:g}, guidance {o.guidance:g}",
+            zoom=1,
         )
         return encoded(sheet)
 
