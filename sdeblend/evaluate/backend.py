@@ -8,21 +8,19 @@ a backend cannot do it leaves out: a method that needs it is then left out with 
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sdeblend.evaluate.codec import Number, Result
 from sdeblend.methods.case import Case, Drawn
 from sdeblend.methods.draws import Draws
 from sdeblend.preference import Preference
-
-GROUP = "sdeblend.backends"
 
 
 @dataclass(frozen=True)
@@ -47,19 +45,31 @@ class Variant:
         return self.group or self.name
 
 
-@dataclass(frozen=True)
-class Distance:
+class Distance(NamedTuple):
     """A distance to the exact target.
 
     Attributes:
-        value: of the samples; NaN if it cannot be told.
+        value: of the samples; NaN if it is not known.
         floor: what exact samples of the same number have on average; None if not known.
         floor_sd: standard deviation of that from one set of exact samples to another.
     """
 
-    value: float
+    value: Number
     floor: float | None = None
     floor_sd: float | None = None
+
+
+class Scale(Result):
+    """What a reward is divided by.
+
+    Attributes:
+        name: of the reward. unit: of its value before. variants: where it is so.
+    """
+
+    name: str
+    scale: float
+    unit: str
+    variants: list[str]
 
 
 class MeasuredCase(Case):
@@ -153,31 +163,40 @@ def moved(drawn: Drawn, seen: Tensor, base: Tensor) -> dict[str, float]:
     return {"moved": float(drawn.log_weights.to(each).softmax(0) @ each)}
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """Problems to be evaluated on.
 
     Attributes:
         variants: at least one.
         prompts: at least one; ("",) where there is nothing to say.
         identity: what pins results besides the settings (versions or hashes of weights), as JSON has it.
+        scales: of rewards that are reported in units of one.
     """
 
     variants: Sequence[Variant]
-    prompts: Sequence[str]
-    identity: Mapping[str, Any]
+    prompts: Sequence[str] = ("",)
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def scales(self) -> Sequence[Scale]:
+        return ()
+
+    @abstractmethod
     def case(self, variant: str, prompt: str) -> MeasuredCase:
         """Return one variant and prompt, by name."""
 
 
 class Builder(Protocol):
-    """What a backend offers under its kind."""
+    """What a package offers as an entry point of the group ``sdeblend.backends``, under a kind."""
 
     def __call__(self, table: Mapping[str, Any], /, *, file: str, seed: int, device: torch.device) -> Backend:
         """Build a backend; models load when a case is asked for.
 
         Args:
-            table: the ``[backend]`` table without ``kind``, as read; the backend checks it (``check_keys``).
+            table: the ``[backend]`` table without ``kind``, as read; the backend checks it.
             file: the settings file, for messages.
             seed: of the run.
             device: where to compute: this process's own.
@@ -185,19 +204,3 @@ class Builder(Protocol):
         Raises:
             ValueError: for a key or a value that cannot be used.
         """
-
-
-def build(kind: str, table: Mapping[str, Any], *, file: str, seed: int, device: torch.device) -> Backend:
-    """Build the backend of a kind.
-
-    Raises:
-        ValueError: if no installed package offers the kind, or for what the backend cannot use.
-    """
-    known = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if kind not in known:
-        raise ValueError(
-            f"{file}: [backend] kind must be one of {', '.join(sorted(known)) or 'none (no backend is installed)'}, "
-            f"got {kind!r}"
-        )
-    builder: Builder = known[kind].load()
-    return builder(table, file=file, seed=seed, device=device)

@@ -3,7 +3,7 @@
     sdeblend evaluate CONFIG.toml [--out FOLDER] [--resume]
     accelerate launch -m sdeblend.evaluate CONFIG.toml [--out FOLDER] [--resume]
 
-CONFIG.toml is a file or the name of a bundled configuration (``sdeblend.evaluate.config`` says what it holds). FOLDER
+CONFIG.toml is a file or the name of a bundled configuration (``sdeblend.evaluate.plan`` says what it holds). FOLDER
 receives raw rows, one a sample, ``tables.md``, ``tables.tex``, ``summary.json``, figures and a manifest. Stopped at
 any moment, a run loses at most the cells in progress; with --resume it continues. ``sdeblend compare`` makes tables
 and figures again from stored rows.
@@ -36,22 +36,23 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     arguments = parser.parse_args(list(argv))
     # Late: help and a name that cannot be used need no torch.
-    from sdeblend.evaluate.compare import write_report
-    from sdeblend.evaluate.config import find, load_plan
-    from sdeblend.evaluate.rows import Folder
-    from sdeblend.evaluate.run import evaluate, world
+    from sdeblend.evaluate.plan import find, load_plan
+    from sdeblend.evaluate.report import write_report
+    from sdeblend.evaluate.run import evaluate
+    from sdeblend.evaluate.store import Folder
+    from sdeblend.shell.processes import processes
 
     plan = load_plan(find(arguments.config))
     folder = Folder(arguments.out or Path("out") / Path(plan.file).stem)
-    processes = world()
+    world = processes()
     try:
-        notes = evaluate(plan, folder, resume=arguments.resume, processes=processes)
+        notes = evaluate(plan, folder, resume=arguments.resume, world=world)
     except KeyboardInterrupt:
         print(f"{folder.path}: finished cells are stored; say --resume to continue", file=sys.stderr)
         raise
     for note in notes:
         print(note, file=sys.stderr)
-    if processes.rank == 0:
+    if world.main:
         for path in write_report([folder], folder.path):
             print(path)
     return 0

@@ -1,84 +1,62 @@
-"""The table [report] of CONFIG.toml: how results are told. It may change without sampling anew.
-
-    [report]
-    reference = "mpa"                       # what the others are compared with; the first method if left out
-    note = "Printed rows are at 100 steps"  # stands under the title
-    resamples = 1000                        # of the bootstrap
-    confidence = 0.95                       # of all intervals
-    hypervolume_over = "exact"              # whose hypervolume the others' is divided by; the reference's if left out
-    hypervolume_reference = [-10.0, 1.5]    # the corner; just below all points if left out
-    order = ["base", "mpa", "<= exact"]     # a claim, from the lowest r(w) to the highest: checked pair by pair
-
-In ``order`` a method that begins with "<= " may be as low as the one before it: the pair holds unless its difference is
-significantly below zero, where a plain pair holds only if it is significantly above.
-"""
+"""The files of a report: tables, summary and figures of stored results."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from pathlib import Path
 
-from sdeblend.config import Spec, check_keys
+from pydantic import TypeAdapter, ValidationError
 
-AT_MOST: Final = "<= "
-_REPORT: Spec = {
-    "reference": (str, ""),
-    "note": (str, ""),
-    "resamples": (int, 1000),
-    "confidence": (float, 0.95),
-    "hypervolume_reference": (list[float], []),
-    "hypervolume_over": (str, ""),
-    "order": (list[str], []),
-}
+from sdeblend.evaluate.results import Summary
+from sdeblend.evaluate.store import Folder, load
+from sdeblend.evaluate.summary import summarise
+from sdeblend.evaluate.tables import latex, markdown
+from sdeblend.shell.files import write_atomically
+
+SUMMARY = "summary.json"
 
 
-def report_settings(table: Mapping[str, Any], methods: Sequence[str], file: str) -> dict[str, Any]:
-    """Return the checked table, defaults filled in.
+def write_report(folders: Sequence[Folder], out: Path) -> list[Path]:
+    """Write tables, summary and figures of stored results; return what was written.
 
     Args:
-        table: as read.
-        methods: of the grid.
-        file: it came from, for messages.
+        folders: of results.
+        out: where to write.
 
     Raises:
-        ValueError: for what cannot be used.
+        ValueError: for what cannot be compared, see ``store.load``.
     """
-    report, known = check_keys(table, _REPORT, file=file, section="[report]"), ", ".join(methods)
-    report["reference"] = report["reference"] or methods[0]
-    if report["reference"] not in methods:
-        raise ValueError(f"{file}: [report] reference must be one of {known}, got {report['reference']!r}")
-    if report["hypervolume_over"] not in ("", *methods):
-        raise ValueError(
-            f"{file}: [report] hypervolume_over must be one of {known}, got {report['hypervolume_over']!r}"
-        )
-    order = report["order"]
-    names = [entry.removeprefix(AT_MOST) for entry in order]
-    if not set(names) <= set(methods) or len(set(names)) < len(names) or len(names) == 1 or order[:1] != names[:1]:
-        raise ValueError(
-            f"{file}: [report] order must name two or more of {known}, each once, with {AT_MOST!r} before one that may "
-            f"equal the last, got {order}"
-        )
-    if not 0.5 <= report["confidence"] < 1 or report["resamples"] < 100:
-        raise ValueError(
-            f"{file}: [report] needs confidence in [0.5, 1) and at least 100 resamples, got "
-            f"{report['confidence']:g} and {report['resamples']}"
-        )
-    return report
+    # Late: without figures nothing needs matplotlib.
+    from sdeblend.evaluate.figures import figures, sheets
+
+    bare = [folder for folder in folders if not folder.stored() and (folder.path / SUMMARY).exists()]
+    stores = load([folder for folder in folders if folder not in bare]) if len(bare) < len(folders) else []
+    pictures = [sheets(stored) for stored in stores]
+    summaries = [*map(summarise, stores), *(summary for folder in bare for summary in read_summaries(folder))]
+    each = ",\n".join(summary.written(indent=1).rstrip() for summary in summaries)
+    files: dict[str, str | bytes] = {
+        "tables.md": "\n".join(map(markdown, summaries)),
+        "tables.tex": "\n".join(map(latex, summaries)),
+        SUMMARY: f"{each}\n" if len(summaries) == 1 else f"[\n{each}\n]\n",
+    }
+    for place, summary in enumerate(summaries):
+        prefix = f"{place + 1}-" if len(summaries) > 1 else ""
+        drawn = figures(summary) | (pictures[place] if place < len(pictures) else {})
+        files |= {f"figures/{prefix}{name}.png": content for name, content in drawn.items()}
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return [out / name for name in files]
 
 
-def claimed_pairs(order: Sequence[str], there: Collection[str]) -> list[tuple[str, str, bool]]:
-    """Return the neighbours (low, high, strict) of a claimed order among the methods that are there.
+def read_summaries(folder: Folder) -> list[Summary]:
+    """Return the summaries that a folder's summary.json holds.
 
-    Args:
-        order: as in ``[report]``.
-        there: methods with results; a pair across one that is not is strict if a step of it is.
+    Raises:
+        ValueError: for a file that is no summary.
     """
-    pairs: list[tuple[str, str, bool]] = []
-    low, strict = "", False
-    for entry in order:
-        name = entry.removeprefix(AT_MOST)
-        strict |= name == entry
-        if name in there:
-            pairs += [(low, name, strict)] if low else []
-            low, strict = name, False
-    return pairs
+    file = folder.path / SUMMARY
+    try:
+        found = TypeAdapter(Summary | list[Summary]).validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise ValueError(f"{file}: not a summary ({error.errors()[0]['msg']}); name a folder with rows") from None
+    return found if isinstance(found, list) else [found]

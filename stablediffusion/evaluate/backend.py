@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from sdeblend.evaluate.backend import Variant
+from sdeblend.evaluate.backend import Backend, Scale, Variant
 from sdeblend.reward import Reward
 from sdeblend.shell.settings import parse
 from stablediffusion.adapters.files import find_lora, read_lora
@@ -40,7 +40,7 @@ from stablediffusion.small.files import bundled_member, bundled_names
 _BY_SCORER = frozenset({"align", "correct"})
 
 
-class PipelineBackend:
+class PipelineBackend(Backend):
     """A pipeline with its sets of members.
 
     Args:
@@ -101,15 +101,15 @@ class PipelineBackend:
         return {"networks": networks} | {names[key]: _hash(path) for key, path in self.files.items()}
 
     @cached_property
-    def scales(self) -> list[dict[str, Any]]:
-        """What each reward is divided by, on which variants; see ``sdeblend.evaluate.run.Scaled``."""
+    def scales(self) -> list[Scale]:
+        """What each reward is divided by, on which variants."""
         found: dict[tuple[str, float], list[str]] = {}
         for variant in self.variants:
             case = self.case(variant.name, self.prompts[0])
             for name in (*variant.rewards, *self.settings.report):
                 found.setdefault((name, case.scale(name)), []).append(variant.name)
         return [
-            {"name": name, "scale": scale, "unit": self.rewards[name].unit, "variants": variants}
+            Scale(name=name, scale=scale, unit=self.rewards[name].unit, variants=variants)
             for (name, scale), variants in found.items()
         ]
 

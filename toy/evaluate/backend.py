@@ -20,10 +20,9 @@ are tuned at half the KL weight, so that the equal blend of the two has the publ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
 
 import torch
@@ -117,9 +116,6 @@ class MixtureBackend(Backend):
     Raises:
         ValueError: a variant that is named twice, or a KL weight at which a member does not exist.
     """
-
-    prompts: Sequence[str] = ("",)
-    identity: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, settings: MixtureBackendSettings, seed: int = 0) -> None:
         self.settings, self.seed = settings, seed

@@ -6,15 +6,16 @@ import runpy
 import pytest
 import torch
 
-from sdeblend.evaluate.config import load_plan
-from sdeblend.evaluate.rows import Folder
-from sdeblend.evaluate.run import World, evaluate
+from sdeblend.evaluate.plan import load_plan
+from sdeblend.evaluate.run import evaluate
+from sdeblend.evaluate.store import Folder
 from sdeblend.methods.case import Drawn, NotApplicable
 from sdeblend.methods.draws import Draws
 from sdeblend.methods.registry import METHODS
 from sdeblend.preference import Preference
 from sdeblend.score import ScoreStack
 from sdeblend.select import select_members
+from sdeblend.shell.processes import Processes
 from sdeblend.shell.settings import describe
 from tests.support.strategies import generator, refuses
 from toy import MixtureStack
@@ -274,8 +275,8 @@ def plan_of(tmp_path, text=CONFIG):
 
 
 def heads(path):
-    cells = [Folder(path).read(key)[0] for key in Folder(path).stored()]
-    return {head["method"]: head for head in cells}
+    cells = [Folder(path).read(key).record for key in Folder(path).stored()]
+    return {record.method: record for record in cells}
 
 
 def test_a_reward_that_raises_costs_the_methods_that_ask_it_alone(tmp_path, monkeypatch):
@@ -285,16 +286,17 @@ def test_a_reward_that_raises_costs_the_methods_that_ask_it_alone(tmp_path, monk
     monkeypatch.setattr(MixtureCase, "reward", lambda self, name: broken)
     plan = plan_of(tmp_path)
     for resume in (False, True):
-        notes = evaluate(plan, Folder(tmp_path / "out"), processes=World(), resume=resume)
-        assert notes == ([] if resume else [f"{n} on ring8: RuntimeError: out of memory" for n in plan.methods[1:]])
+        notes = evaluate(plan, Folder(tmp_path / "out"), world=Processes(), resume=resume)
+        said = [f"{name} on ring8: RuntimeError: out of memory" for name in plan.grid.methods[1:]]
+        assert notes == ([] if resume else said)
     found = heads(tmp_path / "out")
-    assert len(found) == 5 and "failed" not in found["mpa"]
-    assert {found[name]["failed"] for name in plan.methods[1:]} == {"RuntimeError: out of memory"}
+    assert len(found) == 5 and not found["mpa"].failed
+    assert {found[name].failed for name in plan.grid.methods[1:]} == {"RuntimeError: out of memory"}
 
 
 def test_no_method_is_charged_for_random_numbers(tmp_path, slow_draws):
-    evaluate(plan_of(tmp_path), Folder(tmp_path / "out"), processes=World())
-    assert slow_draws[0] > 10 and {head["seconds"] for head in heads(tmp_path / "out").values()} == {0.0}
+    evaluate(plan_of(tmp_path), Folder(tmp_path / "out"), world=Processes())
+    assert slow_draws[0] > 10 and {record.seconds for record in heads(tmp_path / "out").values()} == {0.0}
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ import torch
 
 from sdeblend.evaluate.command import main
 from sdeblend.evaluate.compare import main as compare
-from sdeblend.evaluate.config import load_plan
-from sdeblend.evaluate.rows import Folder
-from sdeblend.evaluate.run import World, evaluate, manifest
-from sdeblend.evaluate.summary import load, summarise
+from sdeblend.evaluate.plan import load_plan
+from sdeblend.evaluate.results import Estimate
+from sdeblend.evaluate.run import evaluate, manifest
+from sdeblend.evaluate.store import Folder, load
+from sdeblend.evaluate.summary import summarise
 from sdeblend.evaluate.tables import markdown
 from sdeblend.reward import Reward
+from sdeblend.shell import registry
 from sdeblend.shell.cli import main as cli
+from sdeblend.shell.processes import Processes
 from stablediffusion.rewards import REWARDS
 from tests.support.strategies import refuses
 
@@ -59,7 +62,7 @@ def config(folder, steps=6, methods=METHODS, **replaced):
 
 
 def run(file, out, **options):
-    return evaluate(load_plan(file), Folder(out), processes=options.pop("processes", World()), **options)
+    return evaluate(load_plan(file), Folder(out), world=options.pop("world", Processes()), **options)
 
 
 def content(out):
@@ -92,18 +95,18 @@ def test_one_row_a_sample_with_all_that_it_is_of(whole):
     cells = [Folder(out).read(key) for key in Folder(out).stored()]
     # Four methods, two preferences, two strengths, two blocks; one member a step needs probabilities.
     assert len(cells) == 4 * 2 * 2 * 2
-    left_out = [head for head, _ in cells if "left_out" in head]
-    assert {(head["method"], head["strength"]) for head in left_out} == {("ls-systematic", 1.5)} and len(left_out) == 4
+    left_out = [record for record, _ in cells if record.left_out]
+    assert {(record.method, record.strength) for record in left_out} == {("ls-systematic", 1.5)} and len(left_out) == 4
     rows = [row for _, rows in cells for row in rows]
     assert len(rows) == (4 * 2 * 2 - 2) * 60
-    assert len({(r["method"], r["strength"], *r["preference"].values(), r["seed"]) for r in rows}) == len(rows)
+    assert len({(r.method, r.strength, *r.preference.values(), r.seed) for r in rows}) == len(rows)
     for row in rows:
-        weighted = sum(w * row["rewards"][name] for name, w in row["preference"].items())
-        assert row["weighted"] == pytest.approx(weighted, rel=1e-6)
-        assert row["model_calls"] > 0 and len(row["x"]) == 2
-    plain = [row for row in rows if row["method"] == "mpa"]
-    assert all(row["log_weight"] == 0 and row["ancestor"] == row["seed"] for row in plain)
-    assert any(row["log_weight"] for row in rows if row["method"] == "mpa-corrected")
+        weighted = sum(w * row.rewards[name] for name, w in row.preference.items())
+        assert row.weighted == pytest.approx(weighted, rel=1e-6)
+        assert row.model_calls > 0 and len(row.x) == 2
+    plain = [row for row in rows if row.method == "mpa"]
+    assert all(row.log_weight == 0 and row.ancestor == row.seed for row in plain)
+    assert any(row.log_weight for row in rows if row.method == "mpa-corrected")
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
@@ -130,7 +133,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
 def test_two_processes_give_the_rows_of_one(whole, tmp_path):
     file, out = whole
     for rank in (0, 1):
-        run(file, tmp_path / "two", processes=World(rank, 2))
+        run(file, tmp_path / "two", world=Processes(rank, 2))
         if rank == 0:
             assert 0 < len(Folder(tmp_path / "two").stored()) < 32
     assert content(tmp_path / "two")[0] == content(out)[0]
@@ -188,7 +191,7 @@ def test_another_configuration_is_refused(whole, tmp_path):
     refuses(lambda: compare([str(tmp_path)]), "holds no results")
     # How results are told may change.
     told = config(tmp_path, **{'reference = "mpa"': 'reference = "code"'})
-    assert run(told, out, resume=True) == [] and Folder(out).manifest()["report"]["reference"] == "code"
+    assert run(told, out, resume=True) == [] and Folder(out).manifest().report.reference == "code"
     assert run(file, out, resume=True) == []
 
 
@@ -230,10 +233,10 @@ def test_a_full_disk_costs_the_cell_in_progress_alone(tmp_path, monkeypatch, cap
 def test_versions_are_pinned(whole, tmp_path, monkeypatch):
     file, out = whole
     version = importlib.metadata.version
-    pinned = Folder(out).manifest()["fixed"]
+    pinned = Folder(out).manifest().fixed
     for name in ("sdeblend", "torch", "diffusers", "transformers", "peft", "numpy", "scipy", "pillow", "moocore"):
         assert pinned[f"version.{name}"] == version(name)
-        monkeypatch.setattr(importlib.metadata, "version", lambda n, name=name: "0" if n == name else version(n))
+        monkeypatch.setattr(registry, "version", lambda n, name=name: "0" if n == name else version(n))
         refuses(lambda: run(file, out, resume=True), f"version.{name} was", "now \"0\"")
 
     def lacking(name):
@@ -241,9 +244,9 @@ def test_versions_are_pinned(whole, tmp_path, monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(importlib.metadata, "version", lacking)
+    monkeypatch.setattr(registry, "version", lacking)
     plan = load_plan(file)
-    assert "version.peft" not in manifest(plan, plan.backend())["fixed"]
+    assert "version.peft" not in manifest(plan, plan.backend()).fixed
 
 
 PIPELINE = """
@@ -298,16 +301,15 @@ def test_a_pipeline_is_pinned_to_its_prompts_networks_and_scales(tmp_path, monke
         "vae": {"change": "vae"}, "text_encoder": {"change": "text_encoder"}, "learned top": {"weight": 1.01},
     }.items():  # fmt: skip
         other = pinned(**changes)
-        changed = [name for name, value in other["fixed"].items() if first["fixed"][name] != value]
+        changed = [name for name, value in other.fixed.items() if first.fixed[name] != value]
         assert changed == [f"identity.networks.{key}"]
         refuses(lambda other=other: folder.open(other, resume=True), f"identity.networks.{key} was")
-    assert {"identity.networks.unet", "identity.networks.scorer"} <= set(first["fixed"])
-    told = {(r["name"], round(r["scale"], 3), r["unit"]) for r in first["rewards"]}
-    assert told == {
+    assert {"identity.networks.unet", "identity.networks.scorer"} <= set(first.fixed)
+    assert {(reward.name, round(reward.scale, 3), reward.unit) for reward in first.rewards} == {
         ("compress", 0.134, "kB of JPEG saved"), ("vivid", 0.5, "colourfulness, pixels in [0, 1]"),
         ("align", 1.0, "nats, of the bundled model's captions"), ("learned", 1.0, "none"),
     }  # fmt: skip
-    assert {variant for r in first["rewards"] for variant in r["variants"]} == {"guidance 1.5"}
+    assert {variant for reward in first.rewards for variant in reward.variants} == {"guidance 1.5"}
     # The file of prompts has the same name and says something else.
     prompts.write_text("a square\n")
     refuses(lambda: folder.open(pinned(), resume=True), "prompts was [\"a ring\"], now [\"a square\"]")
@@ -319,7 +321,7 @@ def test_tables_come_back_from_rows_alone(whole, tmp_path, monkeypatch, capsys):
     assert main([str(file), "--out", str(out)]) == 0
     names = ["tables.md", "tables.tex", "summary.json", "figures/pareto.png"]
     before = {name: (out / name).read_bytes() for name in names}
-    monkeypatch.setattr("sdeblend.evaluate.config.Plan.backend", None)  # nothing samples
+    monkeypatch.setattr("sdeblend.evaluate.plan.Plan.backend", None)  # nothing samples
     assert compare([str(out), "--out", str(tmp_path / "again")]) == 0
     assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
     text = before["tables.md"].decode()
@@ -333,23 +335,29 @@ def test_methods_that_ran_apart_are_told_together(whole, tmp_path):
     for name in METHODS:
         run(config(tmp_path, methods=[name], **{'reference = "mpa"': ""}), tmp_path / name)
     (together, _), (one, _) = told(*(tmp_path / name for name in METHODS)), told(out)
-    for group, other in zip(together["groups"], one["groups"], strict=True):
-        for method, numbers in group["methods"].items():
-            assert numbers["weighted"] == other["methods"][method]["weighted"]
-            assert numbers.get("win_rate") == other["methods"][method].get("win_rate")
+    for group, other in zip(together.groups, one.groups, strict=True):
+        for name, method in group.methods.items():
+            assert method.weighted == other.methods[name].weighted
+            assert method.win_rate == other.methods[name].win_rate
 
 
 def test_marks_say_what_is_not_known(whole):
     summary, _ = told(whole[1])
-    method = summary["groups"][0]["methods"]["mpa-corrected"]
-    distance = method["distances"]["mode TV"]
+
+    group = summary.groups[0]
+    method, distance = group.methods["mpa-corrected"], group.methods["mpa-corrected"].distances["mode TV"]
+
+    def told_with(**changes):
+        methods = group.methods | {"mpa-corrected": method.model_copy(update=changes)}
+        groups = [group.model_copy(update={"methods": methods}), *summary.groups[1:]]
+        return markdown(summary.model_copy(update={"groups": groups}))
+
     for above, share, mark in ((True, 1.0, ""), (False, 1.0, "*"), (False, 0.05, "?")):
-        distance["above_floor"], method["effective_share"] = above, share
-        distance.update(value=7.0, low=6.0, high=8.0)
-        assert f"| 7 ± 1{mark} " in markdown(summary)
+        seven = distance.model_copy(update={"value": 7.0, "low": 6.0, "high": 8.0, "above_floor": above})
+        assert f"| 7 ± 1{mark} " in told_with(distances={"mode TV": seven}, effective_share=share)
     for significant, mark in ((True, ""), (False, "~")):
-        method["difference"] = {"value": 3.0, "low": 1.0, "high": 5.0, "significant": significant}
-        assert f"| +3 ± 2{mark} |" in markdown(summary)
+        three = Estimate(value=3.0, low=1.0, high=5.0, significant=significant)
+        assert f"| +3 ± 2{mark} |" in told_with(difference=three)
 
 
 def test_a_method_that_diverges_is_told_and_the_rest_goes_on(tmp_path):
@@ -364,10 +372,10 @@ def test_a_run_that_is_not_finished_is_told_as_far_as_it_pairs(tmp_path):
     file = config(tmp_path, methods=["mpa", "mpa-corrected"])
     run(file, tmp_path / "out")
     folder = Folder(tmp_path / "out")
-    last = max(folder.stored(), key=lambda key: folder.read(key)[0]["index"])
+    last = max(folder.stored(), key=lambda key: folder.read(key).record.index)
     (tmp_path / "out" / "cells" / f"{last}.json").unlink()
     summary, tables = told(tmp_path / "out")
-    assert [(g["n"], g["incomplete"]) for g in summary["groups"]] == [(60, False)] * 3 + [(30, True)]
+    assert [(g.n, g.incomplete) for g in summary.groups] == [(60, False)] * 3 + [(30, True)]
     assert "not finished" in tables
 
 
@@ -376,17 +384,16 @@ def test_a_claimed_order_is_checked_pair_by_pair(whole, tmp_path):
     claim = config(tmp_path, **{'reference = "mpa"': 'reference = "mpa"\norder = ["mpa-corrected", "mpa", "code"]'})
     assert run(claim, out, resume=True) == []
     summary, tables = told(out)
-    for group in summary["groups"]:
-        first, second = group["order"]
-        assert (first["low"], first["high"]) == ("mpa-corrected", "mpa")
+    for group in summary.groups:
+        first, second = group.order
+        assert (first.low, first.high) == ("mpa-corrected", "mpa")
         # The pair with the reference says the same as the table of differences, the other way round.
-        assert first["difference"]["value"] == pytest.approx(-group["methods"]["mpa-corrected"]["difference"]["value"])
-        assert second["difference"]["value"] == pytest.approx(group["methods"]["code"]["difference"]["value"])
+        assert first.difference.value == pytest.approx(-group.methods["mpa-corrected"].difference.value)
+        assert second.difference.value == pytest.approx(group.methods["code"].difference.value)
     told_pairs = [line for line in tables.splitlines() if line.startswith("| DB-MPA < CoDe")]
-    assert len(told_pairs) == 1 and told_pairs[0].count("|") == 2 + len(summary["groups"])
+    assert len(told_pairs) == 1 and told_pairs[0].count("|") == 2 + len(summary.groups)
     verdicts = {True: "holds", False: "contradicted"}
-    for pair in (p for g in summary["groups"] for p in g["order"]):
-        found = pair["difference"]
-        shown = verdicts[found["value"] > 0] if found["significant"] else "open"
+    for found in (claim.difference for group in summary.groups for claim in group.order):
+        shown = verdicts[found.value > 0] if found.significant else "open"
         assert shown in tables
     assert run(file, out, resume=True) == []

@@ -12,17 +12,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdeblend.evaluate.config import CONFIGS, load_plan
-from sdeblend.evaluate.plotting_sheets import sheets
-from sdeblend.evaluate.rows import Folder
-from sdeblend.evaluate.run import World, evaluate
-from sdeblend.evaluate.summary import load
+from sdeblend.evaluate.figures import sheets
+from sdeblend.evaluate.plan import CONFIGS, load_plan
+from sdeblend.evaluate.run import evaluate
+from sdeblend.evaluate.store import Folder, load
 from sdeblend.methods.case import Drawn, NotApplicable
 from sdeblend.methods.draws import Draws
 from sdeblend.methods.registry import METHODS
 from sdeblend.preference import Preference
 from sdeblend.reward import Reward
 from sdeblend.shell.cli import main as cli
+from sdeblend.shell.processes import Processes
 from stablediffusion.adapters.members import load_members
 from stablediffusion.blending.latents import SoupScore, pipeline_score
 from stablediffusion.evaluate import backend as backend_module
@@ -223,28 +223,28 @@ resamples = 100
 def run(tmp_path, out, text=CONFIG, **options):
     file = tmp_path / "c.toml"
     file.write_text(text)
-    return evaluate(load_plan(file), Folder(tmp_path / out), processes=options.pop("processes", World()), **options)
+    return evaluate(load_plan(file), Folder(tmp_path / out), world=options.pop("world", Processes()), **options)
 
 
 def test_a_run_keeps_images_and_two_processes_equal_one(tmp_path):
     assert run(tmp_path, "one") == []
     for rank in (0, 1):
-        run(tmp_path, "two", resume=True, processes=World(rank, 2))
+        run(tmp_path, "two", resume=True, world=Processes(rank, 2))
     one, two = Folder(tmp_path / "one"), Folder(tmp_path / "two")
     assert one.stored() == two.stored() and len(one.stored()) == 2 * 2 * 2 * 4
     for key in one.stored():
-        (head, rows), (other, same) = one.read(key), two.read(key)
-        assert rows == same and {**head, "seconds": 0} == {**other, "seconds": 0}
+        (record, rows), (other, same) = one.read(key), two.read(key)
+        assert rows == same and record == other.model_copy(update={"seconds": record.seconds})
         if rows:
-            assert head["measures"].keys() == {"moved", "diversity"}
-            place = rows[1]["image"]
-            with Image.open(tmp_path / "one" / place["file"]) as image:
-                tile = np.asarray(image.crop(place["box"]))
+            assert record.measures.keys() == {"moved", "diversity"}
+            place = rows[1].image
+            with Image.open(tmp_path / "one" / place.file) as image:
+                tile = np.asarray(image.crop(place.box))
             assert tile.shape == (32, 32, 3) and tile.std() > 5
     (stored,) = load([one])
     drawn = sheets(stored)
     assert list(drawn) == ["sheet"] and drawn["sheet"].startswith(b"\x89PNG")
-    (tmp_path / "one" / place["file"]).unlink()  # an image that was lost leaves a gap, not an error
+    (tmp_path / "one" / place.file).unlink()  # an image that was lost leaves a gap, not an error
     assert list(sheets(stored)) == ["sheet"]
 
 
@@ -279,11 +279,11 @@ def test_a_pipeline_of_ones_own_is_evaluated(tmp_path, dtype):
         save_file(load_file(path), path, about)
     assert run(tmp_path, "out", OWN.format(folder=tmp_path, dtype=dtype)) == []
     folder, moved = Folder(tmp_path / "out"), {}
-    for head, rows in map(folder.read, folder.stored()):
-        name, reason = head["method"], head.get("left_out")
-        assert (reason is None, len(rows)) == ((True, 2) if name != "exact" else (False, 0)), (name, reason)
-        assert all(value is not None for row in rows for value in row["rewards"].values()), name
-        moved[name] = head.get("measures", {}).get("moved")
+    for record, rows in map(folder.read, folder.stored()):
+        name, reason = record.method, record.left_out
+        assert (reason == "", len(rows)) == ((True, 2) if name != "exact" else (False, 0)), (name, reason)
+        assert all(value is not None for row in rows for value in row.rewards.values()), name
+        moved[name] = record.measures.get("moved")
     # Two particles are too few to be resampled.
     unmoved = {"base": 0, "steer-difference": 0, "exact": None, "code": None, "best-of-n": None}
     assert {name: value for name, value in moved.items() if not value} == unmoved and len(moved) == 14
@@ -299,9 +299,9 @@ def test_a_reward_that_fails_on_one_image_costs_that_image_alone(tmp_path, monke
     assert len(notes) == 2 * 2 * (3 + 4) and all("reward 'picky' failed on image" in note for note in notes)
     folder = Folder(tmp_path / "out")
     rows = [row for key in folder.stored() for row in folder.read(key)[1]]
-    lost = [row["rewards"]["picky"] is None for row in rows]
+    lost = [row.rewards["picky"] is None for row in rows]
     assert sum(lost) == len(rows) / 2 == len(list((tmp_path / "out" / "failed").glob("*.png")))
-    assert all(row["rewards"]["vivid"] is not None for row in rows)
+    assert all(row.rewards["vivid"] is not None for row in rows)
 
 
 @pytest.mark.parametrize(

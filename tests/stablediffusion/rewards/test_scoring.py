@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sdeblend.evaluate.config import load_plan
-from sdeblend.evaluate.rows import Folder
-from sdeblend.evaluate.run import World, evaluate
+from sdeblend.evaluate.plan import load_plan
+from sdeblend.evaluate.run import evaluate
+from sdeblend.evaluate.store import Folder
 from sdeblend.reward import Reward
+from sdeblend.shell.processes import Processes
 from stablediffusion.rewards import REWARDS
 from stablediffusion.rewards.registry import image_reward
 from stablediffusion.rewards.scoring import Prompts, score_each
@@ -148,21 +149,21 @@ def test_a_reward_that_fails_on_the_way_costs_that_image_alone(tmp_path, monkeyp
     monkeypatch.setitem(REWARDS, "picky", Reward("picky", picky, True, "none"))
     (tmp_path / "c.toml").write_text(CONFIG)
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
-    notes = evaluate(plan, folder, processes=World())
+    notes = evaluate(plan, folder, world=Processes())
     cells = [folder.read(key) for key in folder.stored()]
-    assert len(cells) == 7 and not any("failed" in head or "left_out" in head for head, _ in cells)
+    assert len(cells) == 7 and not any(record.failed or record.left_out for record, _ in cells)
     kept = [Path(place) for note in notes for place in re.findall(r"failed on image \d+ \((.+?\.png)\)", note)]
     assert len(set(kept)) == len(kept) == len(notes) == len(list((tmp_path / "out" / "failed").glob("*.png")))
     assert all(("RuntimeError: cannot read this" if how == "raises" else "its value is nan") in note for note in notes)
     asked = Counter(path.name.partition("-")[0] for path, note in zip(kept, notes, strict=True) if "on the way" in note)
-    found = {head["method"]: (asked[key], rows) for key, (head, rows) in zip(folder.stored(), cells, strict=True)}
+    found = {record.method: (asked[key], rows) for key, (record, rows) in zip(folder.stored(), cells, strict=True)}
     # As often as a method asks, and once more for the rows.
     assert {name: times for name, (times, _) in found.items()} == {
         "mpa": 0, "code": 2, "best-of-n": 1, "guidance": 4, **dict.fromkeys(STEERED, 2)
     }  # fmt: skip
     for name, (_, rows) in found.items():
-        lost = [row["log_weight"] is None for row in rows if row["rewards"]["picky"] is None]
-        assert lost == [name in STEERED] and sum(row["log_weight"] is None for row in rows) < 3
+        lost = [row.log_weight is None for row in rows if row.rewards["picky"] is None]
+        assert lost == [name in STEERED] and sum(row.log_weight is None for row in rows) < 3
 
 
 def test_a_reward_that_always_fails_costs_the_methods_that_need_it(tmp_path, monkeypatch):
@@ -172,12 +173,12 @@ def test_a_reward_that_always_fails_costs_the_methods_that_need_it(tmp_path, mon
     monkeypatch.setitem(REWARDS, "picky", Reward("picky", broken, True, "none"))
     (tmp_path / "c.toml").write_text(CONFIG)
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
-    notes = evaluate(plan, folder, processes=World())
-    heads = {head["method"]: head for head, _ in map(folder.read, folder.stored())}
-    assert len(heads) == 7 and "failed" not in heads.pop("mpa")
-    assert all("finite for at least one of" in head["failed"] for head in heads.values())
+    notes = evaluate(plan, folder, world=Processes())
+    failed = {record.method: record.failed for record, _ in map(folder.read, folder.stored())}
+    assert len(failed) == 7 and not failed.pop("mpa")
+    assert all("finite for at least one of" in why for why in failed.values())
     assert sum("finite for at least one of" in note for note in notes) == 6
-    assert evaluate(plan, folder, processes=World(), resume=True) == []
+    assert evaluate(plan, folder, world=Processes(), resume=True) == []
 
 
 def test_rewards_by_name():

@@ -15,39 +15,18 @@ Source: Efron and Tibshirani 1993, chapters 8 and 13; Lee and Whiteley 2018; DeL
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from sdeblend.evaluate.results import Interval
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _CHUNK = 100
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with a confidence interval.
-
-    Attributes:
-        value: the estimate.
-        low, high: the ends; nan where there are too few replicates.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def excludes(self, number: float) -> bool:
-        """Return whether ``number`` lies outside the interval."""
-        return not (np.isnan(self.low) or self.low <= number <= self.high)
-
-    def listed(self) -> dict[str, float | None]:
-        """Return it as JSON has it, None for what is not finite."""
-        return {key: v if math.isfinite(v := getattr(self, key)) else None for key in ("value", "low", "high")}
 
 
 def bootstrap_counts(prompts: int, seeds: int, resamples: int, *, seed: int = 0, variants: int = 1) -> np.ndarray:
@@ -127,10 +106,10 @@ class Resampled:
         """Return the percentile interval."""
         there = resampled[np.isfinite(resampled)]
         if len(there) < 2:
-            return Interval(value, float("nan"), float("nan"))
+            return Interval(value=value, low=np.nan, high=np.nan)
         tail = (1 - self.confidence) / 2
         low, high = np.quantile(there, [tail, 1 - tail])
-        return Interval(value, float(low), float(high))
+        return Interval(value=value, low=low, high=high)
 
     def win_rate(self, sample: Sample, values: Array, other: Sample, others: Array) -> Interval:
         """Return the win rate of ``values`` over ``others``, compared within each stratum; nan counts for neither."""
@@ -260,15 +239,10 @@ def _student(strata: Sequence[Array], confidence: float) -> Interval:
     """Return the mean of the means of strata, with the variance within them; nan ends if one has a single value."""
     mean = float(np.mean([stratum.mean() for stratum in strata]))
     if min(map(len, strata)) < 2:
-        return Interval(mean, float("nan"), float("nan"))
+        return Interval(value=mean, low=np.nan, high=np.nan)
     parts = np.array([stratum.var(ddof=1) / len(stratum) for stratum in strata]) / len(strata) ** 2
     free = np.array([len(stratum) - 1 for stratum in strata])
     total = float(parts.sum())
     freedom = total**2 / float((parts**2 / free).sum()) if total > 0 else float(free.sum())
     half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * total**0.5
-    return Interval(mean, mean - half, mean + half)
-
-
-def each_row(rows: Sequence[Mapping[str, Any]], get: Callable[[Mapping[str, Any]], float | None]) -> Array:
-    """Return one number a row, nan where there is none."""
-    return np.array([np.nan if (v := get(row)) is None else v for row in rows], dtype=np.float64)
+    return Interval(value=mean, low=mean - half, high=mean + half)

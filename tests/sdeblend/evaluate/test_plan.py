@@ -3,7 +3,7 @@
 import pytest
 
 from sdeblend.evaluate.command import main
-from sdeblend.evaluate.config import CONFIGS, find, load_plan
+from sdeblend.evaluate.plan import CONFIGS, find, load_plan
 from tests.support.strategies import refuses
 
 GOOD = """
@@ -31,9 +31,9 @@ def test_defaults_are_filled_in(tmp_path):
     plan = plan_of(tmp_path, GOOD)
     options = {name: options.model_dump() for name, options in plan.options.items()}
     assert options == {"mpa": {}, "code": {"candidates": 20, "block": 3}}
-    assert plan.report["reference"] == "mpa" and plan.block == 10 and plan.strengths == (1.0,)
+    assert plan.report.reference == "mpa" and plan.grid.block == 10 and plan.grid.strengths == (1.0,)
     cells = plan.cells(plan.backend())
-    assert [dict(cell.weights) for cell in cells[::2]] == [{"right": 0.5, "up": 0.5}, {"right": 0.2, "up": 0.8}]
+    assert [cell.preference.weights for cell in cells[::2]] == [{"right": 0.5, "up": 0.5}, {"right": 0.2, "up": 0.8}]
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,10 @@ def test_defaults_are_filled_in(tmp_path):
         ("[0.2, 0.8]", "[0.2, 0.3, 0.5]", ["one weight for each reward of 'ring8' (right, up)", "got 3"]),
         ('"equal"', '"even"', ["'equal' or a list of weights", "'even'"]),
         ('"equal"', "[0.2, 0.8]", ["preferences must be at least one and none twice"]),
-        ("seeds = 10", "seeds = 1", ["at least 2 seeds"]),
-        ("seeds = 10", "seeds = 10\nstrengths = [-1.0]", ["strengths must be at least 0"]),
+        ("seeds = 10", "seeds = 1", ["[grid] seeds must be an integer of at least 2, got 1"]),
+        ("seeds = 10", "seeds = 10\nstrengths = [-1.0]", ["strengths must be", "at least 0, got -1.0"]),
         ("seeds = 10", "seeds = 10\nfirst_seed = 4294967295", ["2^32 - 1"]),
+        ("seeds = 10", "seeds = 10\nblock = 1", ["[grid] block must be at least 2, got 1"]),
         ("seeds = 10", "seeds = 10\nsteps = 3", ["[grid] unknown key 'steps'"]),
         ("block = 3", "blocks = 3", ["[methods.code] unknown key 'blocks'"]),
         ("[methods.code]", "[methods.best-of-n]", ["[methods.best-of-n] must be for one of"]),
@@ -59,7 +60,7 @@ def test_defaults_are_filled_in(tmp_path):
         ('["ring8"]', '["ring8"]\nkl_weights = [0.5, 0.5]', ["twice"]),
         ('["ring8"]', '["ring8"]\nsteps = 1', ["steps must be an integer from 2 to 10000, got 1"]),
         ("[methods.code]", '[report]\nreference = "base"\n[methods.code]', ["reference must be one of mpa, code"]),
-        ("[methods.code]", "[report]\nconfidence = 0.2\n[methods.code]", ["confidence in [0.5, 1)"]),
+        ("[methods.code]", "[report]\nconfidence = 0.2\n[methods.code]", ["at least 0.5 and below 1, got 0.2"]),
         ("[methods.code]", '[report]\nhypervolume_over = "base"\n[methods.code]', ["hypervolume_over must be one of"]),
         ("[methods.code]", '[report]\norder = ["base"]\n[methods.code]', ["order must name two or more of mpa, code"]),
         ("[methods.code]", '[[published]]\nlabel = "RL"\n[methods.code]', ["[[published]] 1 reward is missing"]),
@@ -73,7 +74,7 @@ def test_bad_input_is_told_in_one_sentence(tmp_path, old, new, parts):
 def test_how_results_are_told_is_read(tmp_path):
     report = '[report]\nnote = "at 100 steps"\norder = ["mpa", "<= code"]\n[methods.code]'
     plan = plan_of(tmp_path, GOOD.replace("[methods.code]", report))
-    assert plan.report["note"] == "at 100 steps" and plan.report["order"] == ["mpa", "<= code"]
+    assert plan.report.note == "at 100 steps" and plan.report.order == ("mpa", "<= code")
     wrong = GOOD.replace("[methods.code]", "[report]\nnote = 3\n[methods.code]")
     refuses(lambda: plan_of(tmp_path, wrong), "[report] note must be a string")
 

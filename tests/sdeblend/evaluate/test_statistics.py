@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sdeblend.evaluate.measures import (
+from sdeblend.evaluate.statistics import (
     Resampled,
     Sample,
     bootstrap_counts,
