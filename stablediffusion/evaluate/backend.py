@@ -55,7 +55,7 @@ class PipelineBackend(Backend):
 
     def __init__(self, settings: PipelineSettings, prompts: Sequence[str], *, file: str, device: torch.device) -> None:
         self.settings, self.prompts, self.file, self.device = settings, list(prompts), file, device
-        # Files, not yet the model: what cannot be found is told before anything is loaded.
+        # Files, not yet the model: what cannot be found is reported before anything is loaded.
         self.files = {
             (name, role): _file(source, file)
             for name, one in settings.by_name.items()

@@ -1,8 +1,8 @@
 """One set of members, guidance and prompt of a pipeline, ready for the methods of ``sdeblend evaluate``.
 
 The state is the latents; scores come from ``PipelineScore`` on the pipeline's own grid, whose last step goes to t = 0.
-Rewards look at decoded images, in units of their scale; where one fails, methods and rows see NaN, and the image is
-told and kept. Networks get at most ``batch`` rows at once.
+Rewards look at decoded images, in units of their scale; where one fails, methods and rows see NaN, the failure is
+reported, and the image kept. Networks get at most ``batch`` rows at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdeblend.methods.draws import Draws
 from sdeblend.methods.interpolation import PAIR
 from sdeblend.preference import Preference
 from sdeblend.reward import Reward
-from sdeblend.score import Bound, ScoreFunction, ScoreStack, restrict_rows
+from sdeblend.score import ScoreFunction, ScoreStack, Stack
 from sdeblend.shell.files import write_atomically
 from sdeblend.steps import Ancestral
 from stablediffusion.adapters.members import Members
@@ -104,7 +104,7 @@ class PipelineCase(MeasuredCase):
             named = {self.roles[f"member:{name}"]: w for name, w in self.weights(preference).items()}
             own = Preference(named, preference.strength)
             soup = SoupScore(self._stack(batch, []), self.members, own, _SOUPS[role])
-            return _Cut(soup, self.most, batch)
+            return Blend(_CutStack(Stack([soup]), self.most, batch), [1.0])
         tuned = self._tuned(preference)
         return None if tuned is None else Blend(self._cut(self._stack(batch, [tuned])), [0.0, 1.0])
 
@@ -129,12 +129,12 @@ class PipelineCase(MeasuredCase):
     def scored(
         self, names: Sequence[str], images: Tensor, *, way: str = "", differentiate: bool = False
     ) -> dict[str, Tensor]:
-        """Return rewards by name, (B,), NaN where one failed; what it failed on is told, and kept.
+        """Return rewards by name, (B,), NaN where one failed; the failure is reported, and the image kept.
 
         Args:
             names: of rewards.
             images: (B, 3, H, W) in [0, 1].
-            way: what a failure is told with, if a method asks, on its way to the samples.
+            way: what the report begins with, if a method asks, on its way to the samples.
             differentiate: whether gradients are to reach the images.
         """
         folder, stem = self.kept_at or (None, "")
@@ -261,19 +261,6 @@ class _CutStack(ScoreStack):
 
     def rows(self, index: Tensor) -> _CutStack:
         return _CutStack(self.stack.rows(index), len(self.parts[0]), len(index))
-
-
-class _Cut(Bound):
-    """A score that is given at most ``most`` rows at once."""
-
-    def __init__(self, score: Any, most: int, rows: int) -> None:
-        self.score, self.parts = score, torch.arange(rows).split(max(1, most))
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.cat([restrict_rows(self.score, part)(x[part], t) for part in self.parts])
-
-    def rows(self, index: Tensor) -> _Cut:
-        return _Cut(restrict_rows(self.score, index), len(self.parts[0]), len(index))
 
 
 class _ImageScore:

@@ -98,8 +98,8 @@ def numbers(cell: Cell) -> dict[str, object]:
 def measured(cell: Cell) -> list[str]:
     """Return JPEG's size in kB, colourfulness and the certificate in nats, empty where there is none, as text."""
     (saved, size_error), (colour, colour_error) = cell.mean("compress"), cell.mean("vivid")
-    told = [f"{-saved:.3f} ± {size_error:.3f}", f"{colour:.3f} ± {colour_error:.3f}"]
-    return [*told, "" if cell.nats is None else "{:.2g} ± {:.1g}".format(*mean_and_error(cell.nats))]
+    texts = [f"{-saved:.3f} ± {size_error:.3f}", f"{colour:.3f} ± {colour_error:.3f}"]
+    return [*texts, "" if cell.nats is None else "{:.2g} ± {:.1g}".format(*mean_and_error(cell.nats))]
 
 
 def note(cell: Cell) -> str:
@@ -128,8 +128,8 @@ def sheet(cells: Sequence[Cell], each: int) -> bytes:
 
 def rows(cells: Sequence[Cell]) -> list[list[str]]:
     """Return the numbers as rows of a table."""
-    weights = (", ".join(f"{name} {w:g}" for name, w in weights_of(cell).items()) for cell in cells)
-    return [[NAMES[cell.mode], told, *measured(cell)] for cell, told in zip(cells, weights, strict=True)]
+    weighed = (", ".join(f"{name} {w:g}" for name, w in weights_of(cell).items()) for cell in cells)
+    return [[NAMES[cell.mode], weights, *measured(cell)] for cell, weights in zip(cells, weighed, strict=True)]
 
 
 if __name__ == "__main__":
