@@ -10,66 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sdeblend.evaluate.codec import Number, Result
+from sdeblend.evaluate.results import Distance, Scale, Variant
 from sdeblend.methods.case import Case, Drawn
 from sdeblend.methods.draws import Draws
 from sdeblend.preference import Preference
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of a backend's problems.
-
-    Attributes:
-        name: unique.
-        rewards: names of the members' rewards, in order.
-        values: numbers that tell it from the others (``{"kl_weight": .25}``), for the axes of figures.
-        group: variants of one group are replicates of each other, and reported together.
-    """
-
-    name: str
-    rewards: tuple[str, ...]
-    values: Mapping[str, float] = field(default_factory=dict)
-    group: str = ""
-
-    @property
-    def together(self) -> str:
-        """The name of the group, or its own."""
-        return self.group or self.name
-
-
-class Distance(NamedTuple):
-    """A distance to the exact target.
-
-    Attributes:
-        value: of the samples; NaN if it is not known.
-        floor: what exact samples of the same number have on average; None if not known.
-        floor_sd: standard deviation of that from one set of exact samples to another.
-    """
-
-    value: Number
-    floor: float | None = None
-    floor_sd: float | None = None
-
-
-class Scale(Result):
-    """What a reward is divided by.
-
-    Attributes:
-        name: of the reward. unit: of its value before. variants: where it is so.
-    """
-
-    name: str
-    scale: float
-    unit: str
-    variants: list[str]
 
 
 class MeasuredCase(Case):

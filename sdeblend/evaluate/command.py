@@ -1,6 +1,6 @@
 """Compare sampling methods on a grid of preferences, strengths, prompts and seeds, with error bars.
 
-    sdeblend evaluate CONFIG.toml [--out FOLDER] [--resume]
+    sdeblend evaluate CONFIG.toml [--out FOLDER] [--resume] | --keys
     accelerate launch -m sdeblend.evaluate CONFIG.toml [--out FOLDER] [--resume]
 
 CONFIG.toml is a file or the name of a bundled configuration (``sdeblend.evaluate.plan`` says what it holds). FOLDER
@@ -15,6 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from sdeblend.shell.keys import ShowKeys, Tables
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="sdeblend evaluate", description=__doc__.partition("\n")[0])
     parser.add_argument("config", metavar="CONFIG", help="TOML file, or the name of a bundled configuration")
+    parser.add_argument("--keys", action=ShowKeys, tables=_forms)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="results folder; default out/NAME")
     parser.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     arguments = parser.parse_args(list(argv))
@@ -56,3 +59,9 @@ def main(argv: Sequence[str]) -> int:
         for path in write_report([folder], folder.path):
             print(path)
     return 0
+
+
+def _forms() -> Tables:
+    from sdeblend.evaluate.plan import forms
+
+    return forms()

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from sdeblend.evaluate.results import DistanceResult, Estimate, Front, GroupResult, Interval, MethodResult, Summary
-from sdeblend.evaluate.statistics import Array
 from sdeblend.evaluate.store import Row, Stored
 from sdeblend.methods.registry import label
 from sdeblend.shell.figures import COLOURS, contact_sheet, encoded, panels
@@ -180,7 +181,7 @@ def _win_rates(groups: Sequence[GroupResult], reference: str, styles: Mapping[st
     return figure
 
 
-def _bars(intervals: Sequence[Interval]) -> Array:
+def _bars(intervals: Sequence[Interval]) -> np.ndarray:
     """Return how far each interval reaches below and above its estimate, (2, n), nan where an end is not known."""
     value, low, high = np.array([(one.value, one.low, one.high) for one in intervals]).T
     # A percentile interval may lie beside its estimate, and a bar may not.
@@ -202,7 +203,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def sheets(stored: Stored) -> dict[str, bytes]:
     """Return one sheet of images a variant and strength as png files, by name; none if no images were kept."""
     found: dict[tuple[str, float], dict[tuple[str, tuple[float, ...]], list[tuple[Path, Row]]]] = {}
-    for (record, rows), folder in zip(stored.cells, stored.folders, strict=True):
+    for record, rows, folder in stored.cells:
         if rows and rows[0].image:
             cells = found.setdefault((record.variant, record.strength), {})
             key = record.method, tuple(record.weights.values())
@@ -211,29 +212,28 @@ def sheets(stored: Stored) -> dict[str, bytes]:
     for (variant, strength), cells in found.items():
         name = "sheet" + "".join(f"-{part}" for part in (variant, f"strength {strength:g}") if len(found) > 1)
         methods, preferences = (dict.fromkeys(one) for one in zip(*cells, strict=True))
-        _, first = next(iter(cells.values()))[0]
-        prompts = list(dict.fromkeys(row.prompt for _, row in next(iter(cells.values()))))[:PROMPTS]
+        first = next(iter(cells.values()))
+        prompts = list(dict.fromkeys(row.prompt for _, row in first))[:PROMPTS]
         opened: dict[Path, Image.Image] = {}
         sheet = contact_sheet(
-            [[_picture(cells.get((m, w), []), prompts, opened) for w in preferences] for m in methods],
+            [[_images(cells.get((m, w), []), prompts, opened) for w in preferences] for m in methods],
             rows=[label(method) for method in methods],
             columns=[", ".join(f"{w:.2g}" for w in weights) for weights in preferences],
-            title=f"{variant}, strength {strength:g}; columns: weights of {', '.join(first.preference)}\n"
+            title=f"{variant}, strength {strength:g}; columns: weights of {', '.join(first[0][1].preference)}\n"
             + "; ".join(f"“{prompt}”" for prompt in prompts if prompt),
+            across=min(len(prompts), 2) * EACH,
         )
         out[name.replace(" ", "-").replace(",", "")] = encoded(sheet)
     return out
 
 
-def _picture(
+def _images(
     rows: Sequence[tuple[Path, Row]], prompts: Sequence[str], opened: dict[Path, Image.Image]
-) -> Image.Image | None:
-    """Return the first images of each prompt, prompts side by side two by two, or None."""
+) -> Tensor | None:
+    """Return the first images of each prompt, (N, 3, H, W) in [0, 1], or None if one is not there."""
     tiles = []
     for prompt in prompts:
         own = sorted(((row.seed, folder, row) for folder, row in rows if row.prompt == prompt), key=lambda one: one[0])
-        if len(own) < EACH:
-            return None
         for _, folder, row in own[:EACH]:
             assert row.image is not None
             file = folder / row.image.file
@@ -243,13 +243,7 @@ def _picture(
                         opened[file] = image.convert("RGB")
                 except OSError:
                     return None
-            tiles.append(opened[file].crop(row.image.box))
-    return _montage(tiles, 2 * EACH)
-
-
-def _montage(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
-    columns, (width, height) = min(columns, len(tiles)), tiles[0].size
-    whole = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "white")
-    for place, tile in enumerate(tiles):
-        whole.paste(tile, (place % columns * width, place // columns * height))
-    return whole
+            tiles.append(np.asarray(opened[file].crop(row.image.box)) / 255)
+    if len(tiles) < EACH * len(prompts):
+        return None
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2)

@@ -5,26 +5,17 @@
     kind = "mixture"
     [grid]                      # every method with every preference, strength, prompt and seed
     methods = ["exact", "mpa", "mpa-corrected", "code"]
-    preferences = ["equal", [0.2, 0.8]]     # "equal", or a weight for each reward
-    strengths = [1.0]
-    seeds = 4096                # samples a preference, method and prompt
-    block = 2048                # sampled at once: the particles of a correction, and the replicates of a distance
-    first_seed = 0
-    seed = 0                    # of all random numbers, together with prompt, seed and step
+    preferences = ["equal", [0.2, 0.8]]
+    seeds = 4096
+    block = 2048
     [methods.code]              # options of a method
     candidates = 20
     [report]                    # how results are shown; it may change without sampling anew
-    reference = "mpa"           # what the others are compared with; the first method if left out
-    note = "at 100 steps"       # stands under the title
-    resamples = 1000            # of the bootstrap
-    confidence = 0.95           # of all intervals
-    hypervolume_over = "exact"  # whose hypervolume the others' is divided by; the reference's if left out
-    hypervolume_reference = [-10.0, 1.5]    # the corner; just below all points if left out
-    order = ["base", "mpa", "<= exact"]     # a claim, from the lowest r(w) to the highest: checked pair by pair
+    reference = "mpa"
+    order = ["base", "mpa", "<= exact"]
     [[published]]               # printed numbers to stand beside: label, group, reward, value, source
 
-In ``order`` a method that begins with "<= " may be as low as the one before it: the pair holds unless its difference is
-significantly below zero, where a plain pair holds only if it is significantly above.
+``Grid``, ``Report`` and ``Published`` say what their tables hold, as does ``sdeblend evaluate --keys``.
 
 A cell is one method, variant, preference, prompt and block of seeds; it is the unit of work and of storage.
 """
@@ -42,7 +33,8 @@ from typing import Annotated, Any, Final
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from sdeblend.evaluate.backend import Backend, Builder, Variant
+from sdeblend.evaluate.backend import Backend, Builder
+from sdeblend.evaluate.results import Published, Variant
 from sdeblend.methods.draws import MAX_SEED
 from sdeblend.methods.registry import METHODS
 from sdeblend.preference import Preference
@@ -56,13 +48,23 @@ AT_MOST: Final = "<= "
 
 
 class Grid(Settings):
-    """The table [grid]; what it holds is said in the module."""
+    """The table [grid]: every method with every preference, strength, prompt and seed.
+
+    Attributes:
+        methods: names of methods.
+        preferences: "equal", or a weight for each reward.
+        strengths: lambda.
+        seeds: samples a preference, strength, prompt and method.
+        block: samples at once, the particles of a correction and the replicates of a distance; 0 for all.
+        first_seed: seeds are counted from here.
+        seed: of all random numbers, together with prompt, seed and step.
+    """
 
     methods: tuple[str, ...]
     preferences: tuple[Annotated[str | tuple[float, ...], f"{EQUAL!r} or a list of weights"], ...] = (EQUAL,)
     strengths: tuple[Annotated[float, Field(ge=0)], ...] = (1.0,)
     seeds: int = Field(ge=2)
-    block: int = Field(default=0, ge=0, description="0 for all seeds at once")
+    block: int = Field(default=0, ge=0)
     first_seed: int = Field(default=0, ge=0)
     seed: int = 0
 
@@ -101,7 +103,19 @@ class Grid(Settings):
 
 
 class Report(Settings):
-    """The table [report], how results are shown; what it holds is said in the module."""
+    """The table [report]: how results are shown.
+
+    Attributes:
+        reference: the method that the others are compared with; the first one by default.
+        note: stands under the title.
+        resamples: of the bootstrap.
+        confidence: of all intervals.
+        hypervolume_reference: the corner of hypervolumes; just below all points by default.
+        hypervolume_over: the method whose hypervolume the others' is divided by; the reference by default.
+        order: a claim, from the lowest r(w) to the highest, checked pair by pair. A method that begins with "<= " may
+            be as low as the one before it: the pair holds unless its difference is significantly below zero, where a
+            plain pair holds only if it is significantly above.
+    """
 
     reference: str = ""
     note: str = ""
@@ -144,23 +158,6 @@ class Report(Settings):
                 pairs += [(low, name, strict)] if low else []
                 low, strict = name, False
         return pairs
-
-
-class Published(Settings):
-    """A printed number to stand beside the results.
-
-    Attributes:
-        label: whose it is.
-        group: of variants that it belongs to; all if left out.
-        reward, value: the mean of which reward.
-        source: where it is printed.
-    """
-
-    label: str
-    group: str = ""
-    reward: str
-    value: float
-    source: str
 
 
 class Config(Settings):
@@ -310,6 +307,12 @@ def find(name: str) -> Path:
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.toml")))
         raise ValueError(f"a configuration must be a file or one of {known}, got {name!r}")
     return bundled
+
+
+def forms() -> dict[str, type[Settings]]:
+    """Return the tables that a settings file may hold, but for the backend's own, by heading."""
+    options = {f"[methods.{name}]": method.options for name, method in METHODS.items() if method.options.model_fields}
+    return {"[grid]": Grid, **options, "[report]": Report, "[[published]]": Published}
 
 
 def load_plan(path: Path) -> Plan:

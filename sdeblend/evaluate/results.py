@@ -1,15 +1,130 @@
-"""What an evaluation found, as types: estimates, distances, methods, groups, fronts, and the summary of them all."""
+"""What is stored and what is found, as types with one codec: what ``Result.written`` wrote, ``model_validate`` reads.
+
+A number that is not known is nan here and null in JSON, which no strict reader refuses.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, NamedTuple
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, model_validator
 
-from sdeblend.evaluate.backend import Scale
-from sdeblend.evaluate.codec import Number, Result, StoredPreference, plain_weights
-from sdeblend.evaluate.plan import Published
+from sdeblend.preference import Preference
+from sdeblend.shell.settings import Settings
+
+DIGITS: Final = 9
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+StoredPreference = Annotated[
+    Preference,
+    BeforeValidator(lambda value: value if isinstance(value, Preference) else Preference.from_json(value)),
+    PlainSerializer(Preference.to_json),
+]
+
+
+class Result(BaseModel):
+    """Something that is stored; fields that a version does not know are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True)
+
+    def written(self, indent: int | None = None, *, defaults: bool = False) -> str:
+        """Return it as JSON text with a final newline.
+
+        Args:
+            indent: blanks a level; all in one line if left out.
+            defaults: whether fields that have their default are written.
+        """
+        plain = self.model_dump(mode="json", exclude_defaults=not defaults)
+        return json.dumps(plain, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain_weights(preference: Preference) -> dict[str, float]:
+    """Return the weights of a preference by name, as those of an evaluation are."""
+    weights: dict[str, float] = preference.to_json()["weights"]
+    return weights
+
+
+def rounded(value: float) -> float:
+    """Return a number as it is stored: nine digits, nan if it is not finite."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else math.nan
+
+
+def number(value: float) -> float | None:
+    """Return a number as it is stored where it may be missing: nine digits, None if it is not finite."""
+    return rounded(value) if math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of a backend's problems.
+
+    Attributes:
+        name: unique.
+        rewards: names of the members' rewards, in order.
+        values: numbers that tell it from the others (``{"kl_weight": .25}``), for the axes of figures.
+        group: variants of one group are replicates of each other, and reported together.
+    """
+
+    name: str
+    rewards: tuple[str, ...]
+    values: Mapping[str, float] = field(default_factory=dict)
+    group: str = ""
+
+    @property
+    def together(self) -> str:
+        """The name of the group, or its own."""
+        return self.group or self.name
+
+
+class Distance(NamedTuple):
+    """A distance to the exact target.
+
+    Attributes:
+        value: of the samples; NaN if it is not known.
+        floor: what exact samples of the same number have on average; None if not known.
+        floor_sd: standard deviation of that from one set of exact samples to another.
+    """
+
+    value: Number
+    floor: float | None = None
+    floor_sd: float | None = None
+
+
+class Scale(Result):
+    """What a reward is divided by.
+
+    Attributes:
+        name: of the reward. unit: of its value before. variants: where it is so.
+    """
+
+    name: str
+    scale: float
+    unit: str
+    variants: list[str]
+
+
+class Published(Settings):
+    """A printed number to stand beside the results.
+
+    Attributes:
+        label: whose it is.
+        group: of variants that it belongs to; all if left out.
+        reward, value: the mean of which reward.
+        source: where it is printed.
+    """
+
+    label: str
+    group: str = ""
+    reward: str
+    value: float
+    source: str
 
 
 class Interval(Result):

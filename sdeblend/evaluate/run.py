@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import torch
 
-from sdeblend.evaluate.backend import Backend, Distance, MeasuredCase
-from sdeblend.evaluate.codec import number, rounded
+from sdeblend.evaluate.backend import Backend, MeasuredCase
 from sdeblend.evaluate.plan import FORMAT, Cell, Plan
-from sdeblend.evaluate.store import CellRecord, CellRows, Folder, Manifest, Row
+from sdeblend.evaluate.results import Distance, number, rounded
+from sdeblend.evaluate.store import CellRecord, Folder, Manifest, Row
 from sdeblend.methods.case import Drawn, NotApplicable
 from sdeblend.methods.draws import Draws, clock
 from sdeblend.methods.registry import METHODS
@@ -108,7 +108,7 @@ def evaluate(plan: Plan, folder: Folder, *, resume: bool = False, world: Process
 
 def compute(
     plan: Plan, index: int, cell: Cell, case: MeasuredCase, draws: Draws, folder: Folder, key: str
-) -> CellRows:
+) -> tuple[CellRecord, list[Row]]:
     """Sample one cell and measure it.
 
     Returns:
@@ -124,12 +124,12 @@ def compute(
         drawn = method.sample(case, cell.preference, draws, plan.options[cell.method])
         seconds = clock() - draws.seconds - start
     except NotApplicable as reason:
-        return CellRows(record.model_copy(update={"left_out": str(reason)}), [])
+        return record.model_copy(update={"left_out": str(reason)}), []
     except Exception as error:
-        return CellRows(record.model_copy(update={"failed": _why(error)}), [])
+        return record.model_copy(update={"failed": _why(error)}), []
     if not bool(drawn.samples.isfinite().all()):
         bad = int((~drawn.samples.isfinite()).flatten(1).any(1).nonzero()[0])
-        return CellRows(record.model_copy(update={"failed": f"sample {bad} is not finite"}), [])
+        return record.model_copy(update={"failed": f"sample {bad} is not finite"}), []
     distances, measures = case.measure(drawn, cell.preference), case.describe(drawn, draws)
     found = CellRecord(
         index=index,
@@ -146,7 +146,7 @@ def compute(
             for name, d in distances.items()
         },
     )
-    return CellRows(found, _rows(cell, case, drawn, folder, key))
+    return found, _rows(cell, case, drawn, folder, key)
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -22,9 +22,8 @@ from typing import Final, NamedTuple
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationError
 
-from sdeblend.evaluate.backend import Distance, Scale, Variant
-from sdeblend.evaluate.codec import Result
-from sdeblend.evaluate.plan import FORMAT, Published, Report
+from sdeblend.evaluate.plan import FORMAT, Report
+from sdeblend.evaluate.results import Distance, Published, Result, Scale, Variant
 from sdeblend.preference import Preference
 from sdeblend.shell.files import write_atomically
 
@@ -152,10 +151,11 @@ class Manifest(Result):
 
 
 class CellRows(NamedTuple):
-    """A finished cell, and its rows."""
+    """A finished cell, its rows, and the folder that it lies in."""
 
     record: CellRecord
     rows: list[Row]
+    folder: Path
 
 
 class Folder:
@@ -258,7 +258,7 @@ class Folder:
             text = gzip.decompress(rows_file.read_bytes())
             if hashlib.sha256(text).hexdigest() != record.sha256:
                 raise ValueError("its rows are not those that were written")
-            return CellRows(record, [Row.model_validate_json(line) for line in text.splitlines()])
+            return CellRows(record, [Row.model_validate_json(line) for line in text.splitlines()], self.path)
         except ValidationError as error:
             why = f"{error.errors()[0]['msg']}"
         except (OSError, EOFError, ValueError) as error:
@@ -285,13 +285,11 @@ class Stored:
     Attributes:
         manifest: of the first folder.
         cells: each once, its method by the name it has in ``options``.
-        folders: where each cell lies.
         options: method -> its options; one with others than in the first folder has these in its name.
     """
 
     manifest: Manifest
     cells: list[CellRows] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)
     options: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
 
 
@@ -301,7 +299,7 @@ def load(folders: Sequence[Folder]) -> list[Stored]:
     Raises:
         ValueError: for a folder without results or with a damaged cell, or for folders whose blocks of seeds differ.
     """
-    found: dict[str, tuple[Stored, dict[str, tuple[CellRows, Path]]]] = {}
+    found: dict[str, tuple[Stored, dict[str, CellRows]]] = {}
     for folder in folders:
         manifest, keys = folder.manifest(), folder.stored()
         if manifest is None or not keys:
@@ -310,14 +308,12 @@ def load(folders: Sequence[Folder]) -> list[Stored]:
         names = _names(manifest.options, stored.options)
         for key in keys:
             if key not in cells:
-                record, rows = folder.read(key)
-                named = record.model_copy(update={"method": names[record.method]})
-                cells[key] = CellRows(named, rows), folder.path
+                cell = folder.read(key)
+                named = cell.record.model_copy(update={"method": names[cell.record.method]})
+                cells[key] = cell._replace(record=named)
     for stored, cells in found.values():
-        ordered = sorted(cells.values(), key=lambda cell: cell[0].record.index)
-        _check_blocks(ordered)
-        stored.cells.extend(cell for cell, _ in ordered)
-        stored.folders.extend(path for _, path in ordered)
+        stored.cells.extend(sorted(cells.values(), key=lambda cell: cell.record.index))
+        _check_blocks(stored.cells)
     return [stored for stored, _ in found.values()]
 
 
@@ -332,11 +328,11 @@ def _names(own: Mapping[str, dict[str, JsonValue]], known: dict[str, dict[str, J
     return names
 
 
-def _check_blocks(cells: Iterable[tuple[CellRows, Path]]) -> None:
+def _check_blocks(cells: Iterable[CellRows]) -> None:
     """Check that methods can be paired block by block, and that no sample counts twice."""
     blocks: dict[tuple[int, int], Path] = {}
     seen: set[tuple[object, ...]] = set()
-    for (record, rows), folder in cells:
+    for record, rows, folder in cells:
         first, count = record.first_seed, record.count
         blocks.setdefault((first, count), folder)
         what = record.method, *record.block, *record.weights.items(), record.strength

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
-from sdeblend.evaluate.backend import Backend, Scale, Variant
+from sdeblend.evaluate.backend import Backend
+from sdeblend.evaluate.results import Scale, Variant
 from sdeblend.reward import Reward
 from sdeblend.shell.settings import parse
 from stablediffusion.adapters.files import find_lora, read_lora

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sdeblend.blend import Blend
-from sdeblend.evaluate.backend import Distance, MeasuredCase, moved
+from sdeblend.evaluate.backend import MeasuredCase, moved
+from sdeblend.evaluate.results import Distance
 from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
 from sdeblend.methods.draws import Draws
 from sdeblend.methods.interpolation import PAIR

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from sdeblend.evaluate.backend import Distance
+from sdeblend.evaluate.results import Distance
 from stablediffusion.scenes.captions import parse
 from stablediffusion.small.candidates import SCORED, draw_candidates
 

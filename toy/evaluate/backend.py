@@ -28,7 +28,8 @@ from typing import Annotated, Any, Final, Literal
 import torch
 from pydantic import Field
 
-from sdeblend.evaluate.backend import Backend, Variant
+from sdeblend.evaluate.backend import Backend
+from sdeblend.evaluate.results import Variant
 from sdeblend.grid import Spacing
 from sdeblend.shell.settings import OneOf, parse
 from toy.evaluate.case import MixtureCase

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdeblend.evaluate.backend import Distance, MeasuredCase
+from sdeblend.evaluate.backend import MeasuredCase
+from sdeblend.evaluate.results import Distance
 from sdeblend.methods.case import Drawn, MoreMembers, OneModel, StateReward
 from sdeblend.methods.interpolation import PAIR
 from sdeblend.preference import Preference

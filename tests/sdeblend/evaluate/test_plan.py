@@ -3,7 +3,8 @@
 import pytest
 
 from sdeblend.evaluate.command import main
-from sdeblend.evaluate.plan import CONFIGS, find, load_plan
+from sdeblend.evaluate.plan import CONFIGS, find, forms, load_plan
+from sdeblend.shell.settings import describe
 from tests.support.strategies import refuses
 
 GOOD = """
@@ -104,3 +105,14 @@ def test_a_key_changes_with_all_that_decides(tmp_path):
     for old, new in (("seeds = 10", "seeds = 10\nseed = 1"), ('["ring8"]', '["ring8"]\nsteps = 40')):
         assert not keys(GOOD.replace(old, new)) & first
     assert len(keys(GOOD.replace("block = 3", "block = 4")) & first) == 2  # of the other method
+
+
+def test_keys_are_listed_with_what_they_mean(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--keys"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and "[methods.code]" in text and "[methods.mpa]" not in text
+    for heading, model in forms().items():
+        section = text.partition(f"{heading}\n")[2].partition("\n[")[0]
+        for key in describe(model):
+            assert key.description and f"\n{key.name} " in section, (heading, key.name)

@@ -8,10 +8,8 @@ import pytest
 from scipy import stats
 
 from sdeblend.evaluate import figures
-from sdeblend.evaluate.backend import Variant
-from sdeblend.evaluate.codec import number
 from sdeblend.evaluate.plan import Report
-from sdeblend.evaluate.results import GroupResult, Summary
+from sdeblend.evaluate.results import GroupResult, Summary, Variant, number
 from sdeblend.evaluate.store import CellRecord, Folder, Manifest, Row, load
 from sdeblend.evaluate.summary import summarise
 from sdeblend.evaluate.tables import Table, latex, markdown, tables

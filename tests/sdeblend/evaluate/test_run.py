@@ -95,9 +95,9 @@ def test_one_row_a_sample_with_all_that_it_is_of(whole):
     cells = [Folder(out).read(key) for key in Folder(out).stored()]
     # Four methods, two preferences, two strengths, two blocks; one member a step needs probabilities.
     assert len(cells) == 4 * 2 * 2 * 2
-    left_out = [record for record, _ in cells if record.left_out]
+    left_out = [cell.record for cell in cells if cell.record.left_out]
     assert {(record.method, record.strength) for record in left_out} == {("ls-systematic", 1.5)} and len(left_out) == 4
-    rows = [row for _, rows in cells for row in rows]
+    rows = [row for cell in cells for row in cell.rows]
     assert len(rows) == (4 * 2 * 2 - 2) * 60
     assert len({(r.method, r.strength, *r.preference.values(), r.seed) for r in rows}) == len(rows)
     for row in rows:

@@ -232,7 +232,7 @@ def test_a_run_keeps_images_and_two_processes_equal_one(tmp_path):
     one, two = Folder(tmp_path / "one"), Folder(tmp_path / "two")
     assert one.stored() == two.stored() and len(one.stored()) == 2 * 2 * 2 * 4
     for key in one.stored():
-        (record, rows), (other, same) = one.read(key), two.read(key)
+        (record, rows, _), (other, same, _) = one.read(key), two.read(key)
         assert rows == same and record == other.model_copy(update={"seconds": record.seconds})
         if rows:
             assert record.measures.keys() == {"moved", "diversity"}
@@ -278,7 +278,7 @@ def test_a_pipeline_of_ones_own_is_evaluated(tmp_path, dtype):
         save_file(load_file(path), path, about)
     assert run(tmp_path, "out", OWN.format(folder=tmp_path, dtype=dtype)) == []
     folder, moved = Folder(tmp_path / "out"), {}
-    for record, rows in map(folder.read, folder.stored()):
+    for record, rows, _ in map(folder.read, folder.stored()):
         name, reason = record.method, record.left_out
         assert (reason == "", len(rows)) == ((True, 2) if name != "exact" else (False, 0)), (name, reason)
         assert all(value is not None for row in rows for value in row.rewards.values()), name

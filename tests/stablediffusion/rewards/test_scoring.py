@@ -151,12 +151,12 @@ def test_a_reward_that_fails_on_the_way_costs_that_image_alone(tmp_path, monkeyp
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
     notes = evaluate(plan, folder, world=Processes())
     cells = [folder.read(key) for key in folder.stored()]
-    assert len(cells) == 7 and not any(record.failed or record.left_out for record, _ in cells)
+    assert len(cells) == 7 and not any(record.failed or record.left_out for record, _, _ in cells)
     kept = [Path(place) for note in notes for place in re.findall(r"failed on image \d+ \((.+?\.png)\)", note)]
     assert len(set(kept)) == len(kept) == len(notes) == len(list((tmp_path / "out" / "failed").glob("*.png")))
     assert all(("RuntimeError: cannot read this" if how == "raises" else "its value is nan") in note for note in notes)
     asked = Counter(path.name.partition("-")[0] for path, note in zip(kept, notes, strict=True) if "on the way" in note)
-    found = {record.method: (asked[key], rows) for key, (record, rows) in zip(folder.stored(), cells, strict=True)}
+    found = {record.method: (asked[key], rows) for key, (record, rows, _) in zip(folder.stored(), cells, strict=True)}
     # As often as a method asks, and once more for the rows.
     assert {name: times for name, (times, _) in found.items()} == {
         "mpa": 0, "code": 2, "best-of-n": 1, "guidance": 4, **dict.fromkeys(STEERED, 2)
@@ -174,7 +174,7 @@ def test_a_reward_that_always_fails_costs_the_methods_that_need_it(tmp_path, mon
     (tmp_path / "c.toml").write_text(CONFIG)
     plan, folder = load_plan(tmp_path / "c.toml"), Folder(tmp_path / "out")
     notes = evaluate(plan, folder, world=Processes())
-    failed = {record.method: record.failed for record, _ in map(folder.read, folder.stored())}
+    failed = {record.method: record.failed for record, _, _ in map(folder.read, folder.stored())}
     assert len(failed) == 7 and not failed.pop("mpa")
     assert all("finite for at least one of" in why for why in failed.values())
     assert sum("finite for at least one of" in note for note in notes) == 6
