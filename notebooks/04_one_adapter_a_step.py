@@ -279,7 +279,7 @@ show(figure)
 start, grid = schedule.prior((10, 2), generator=seeded(1)), time_grid(schedule, 100)
 for attempt in (
     lambda: solve(BackwardSDE(schedule, one_member("ls", 100, 10)), start, grid, noise=seeded(2), correct="certify"),
-    lambda: OneMemberPerStep(problem.stack(schedule), Preference([0.9, 0.6]), grid, 10, generator=seeded(3)),
+    lambda: OneMemberPerStep(problem.stack(schedule), Preference([0.6, 0.4], 1.5), grid, 10, generator=seeded(3)),
 ):
     try:
         attempt()

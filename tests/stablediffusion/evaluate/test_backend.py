@@ -366,7 +366,7 @@ def test_bundled_configurations_are_read_and_those_with_weights_say_what_is_miss
     monkeypatch.chdir(tmp_path)
     plan = load_plan(CONFIGS / "bundled-images.toml")
     cells = plan.cells(plan.backend())
-    assert len(cells) == 16 * 5 * len(plan.methods) and len(plan.preferences) == 5
+    assert len(cells) == 16 * 5 * len(plan.grid.methods) and len(plan.grid.preferences) == 5
     for name, lacks in (("bundled-soup", "compress@1.safetensors"), ("paper-sd15", "members/imagereward.safetensors")):
         assert cli(["evaluate", name]) == 2
         assert lacks in capsys.readouterr().err
