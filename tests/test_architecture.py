@@ -138,9 +138,7 @@ def builds_the_core_on_torch(module: Module) -> list[int]:
 
 
 def keeps_the_book_to_itself(module: Module) -> list[int]:
-    # Scripts that were installed before the command line moved still import it there.
-    moved = module.path.name == "cli.py"
-    if module.package != "sdeblend" or module.path.parts[1] in ROOMS or moved:
+    if module.package != "sdeblend" or module.path.parts[1] in ROOMS:
         return []
     return [found.line for found in module.imports() if found.name.startswith(tuple(f"sdeblend.{r}" for r in ROOMS))]
 
