@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from sdeblend import Preference, cli
+from sdeblend import Preference
+from sdeblend.shell import cli
 from stablediffusion import load_members
 from stablediffusion.making.recipes import KL_WEIGHT
 from stablediffusion.small import demo, load_small
