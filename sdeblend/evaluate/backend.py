@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from sdeblend.evaluate.results import Distance, Scale, Variant
@@ -127,7 +128,7 @@ class Backend(ABC):
     prompts: Sequence[str] = ("",)
 
     @property
-    def identity(self) -> Mapping[str, Any]:
+    def identity(self) -> Mapping[str, JsonValue]:
         return {}
 
     @property

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
+from pydantic import JsonValue
 
 from sdeblend.evaluate.backend import Backend, MeasuredCase
 from sdeblend.evaluate.plan import FORMAT, Cell, Plan
@@ -31,7 +32,7 @@ _PACKAGES: Final = (
 
 def manifest(plan: Plan, backend: Backend) -> Manifest:
     """Return what pins the results: what decides the samples, and how they are shown."""
-    pinned = {f"version.{name}": version for name, version in versions(_PACKAGES).items()}
+    pinned: dict[str, JsonValue] = {f"version.{name}": version for name, version in versions(_PACKAGES).items()}
     pinned |= {f"identity.{key}": value for key, value in _flat(backend.identity)}
     return Manifest(
         format=FORMAT,
@@ -45,7 +46,7 @@ def manifest(plan: Plan, backend: Backend) -> Manifest:
     )
 
 
-def _flat(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Mapping[str, JsonValue], head: str = "") -> Iterator[tuple[str, JsonValue]]:
     """Yield the leaves of a tree of mappings, with their path."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
