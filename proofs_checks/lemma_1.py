@@ -55,6 +55,7 @@ BOUNDS = {
 ROUNDING = 1e-9
 # What is added to B3 for the kinks of a norm may be .001 of it.
 DEFINITION_BOUND = 5e-3
+LEAST_VARIANCE = 1e-9
 SLOPE_BOUND, LEADING_BOUND = 0.15, 0.02
 NEAR_DATA, NEAREST = torch.logspace(-3, -2, 6, dtype=torch.float64), torch.tensor(1e-4, dtype=torch.float64)
 # Of |Hessian gradient| of the reward, the middle one of the states: what is nearer to zero than this has no slope of
@@ -151,8 +152,12 @@ class _Bounds:
             first + given.gain * (variance_h * deficit.clamp_min(0)).sqrt(),
             _third_along_the_tilt(given, values),
         )
+        # Bounds are rounded up: where Var(v - r/alpha) is itself near rounding, its root is what that adds.
+        clear = variance_h > LEAST_VARIANCE
         for name, bound, whole, less in zip(BOUNDS, bounds, integrals, dropped, strict=True):
-            held = bound.isfinite()
+            held = bound.isfinite() & clear
+            if not bool(held.any()):
+                continue
             right, wrong = (float((bound / other - 1).abs()[held].max()) for other in (whole, less))
             self.off[name] = max(self.off[name][0], right), max(self.off[name][1], wrong)
 
