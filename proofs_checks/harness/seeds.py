@@ -2,7 +2,8 @@
 
 One line of JSON a check in a file, so that a run can be stopped and goes on where it was; what they say together is
 ``seeds.json`` beside this module, which the report reads. To repeat it:
-``sdeblend verify --seeds 0:200 --into seeds.jsonl --record proofs_checks/harness/seeds.json``, and with ``--fast``.
+``sdeblend verify --seeds 0:200 --into benchmarks/results/seeds.jsonl --record proofs_checks/harness/seeds.json``, and
+with ``--fast``; lines that are there already are not run again.
 """
 
 from __future__ import annotations
