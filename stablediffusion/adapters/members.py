@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stablediffusion.adapters.files import LoraFile, load_lora, read_lora, remove_adapter
 from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_unfused, freeze
-from stablediffusion.pipelines.components import denoiser_of, lora_components, text_encoders_of
+from stablediffusion.pipelines.components import denoiser_of, denoisers_of, lora_components, text_encoders_of
 from stablediffusion.pipelines.identity import base_identity, same_base
 
 Source = str | Path | Mapping[str, Tensor] | nn.Module | None
@@ -70,7 +70,7 @@ class Members:
     def __init__(self, pipe: Any, members: Mapping[str, Member]) -> None:
         self.pipe, self._members = pipe, dict(members)
         adapters = [m.adapter for m in self._members.values() if m.adapter is not None]
-        self.switch = AdapterSwitch([denoiser_of(pipe)[1]], adapters)
+        self.switch = AdapterSwitch(denoisers_of(pipe).values(), adapters)
         self.text_switch = AdapterSwitch(text_encoders_of(pipe).values(), adapters)
 
     @property

@@ -26,6 +26,18 @@ def denoiser_of(pipe: Any) -> tuple[str, Any]:
     )
 
 
+def denoisers_of(pipe: Any) -> dict[str, Any]:
+    """Return every network that predicts, by name: a second one may serve the low noise levels, as in Wan 2.2.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    first, module = denoiser_of(pipe)
+    names = {*getattr(pipe, "components", ()), *getattr(pipe, "_lora_loadable_modules", ())}
+    others = {name: getattr(pipe, name, None) for name in sorted(names) if name.startswith(f"{first}_")}
+    return {first: module} | {name: other for name, other in others.items() if isinstance(other, nn.Module)}
+
+
 def text_encoders_of(pipe: Any) -> dict[str, Any]:
     """Return the text encoders that LoRA files of this pipeline can address, by name."""
     names = [name for name in getattr(pipe, "_lora_loadable_modules", ()) if name.startswith("text_encoder")]
@@ -34,6 +46,5 @@ def text_encoders_of(pipe: Any) -> dict[str, Any]:
 
 
 def lora_components(pipe: Any) -> dict[str, Any]:
-    """Return the denoiser, then the text encoders, by name."""
-    name, module = denoiser_of(pipe)
-    return {name: module} | text_encoders_of(pipe)
+    """Return the denoisers, then the text encoders, by name."""
+    return denoisers_of(pipe) | text_encoders_of(pipe)
