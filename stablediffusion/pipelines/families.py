@@ -4,7 +4,7 @@ A class is named by its family's stem, its tasks and "Pipeline", as StableDiffus
 latents and tuning call the networks themselves, so they need what diffusers keeps inside each family's ``__call__``:
 that is a row of ``FAMILIES``. An attached blend needs no row, it reads everything off the pipeline's own calls.
 
-To add a family: a row here, and a row of ``stablediffusion.testing.families``, which brings it into the tests.
+To add a family: a row here, and a row in ``stablediffusion.testing.families``, which brings it into the tests.
 """
 
 from __future__ import annotations

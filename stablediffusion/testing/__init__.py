@@ -3,7 +3,8 @@
 Every builder is deterministic in its ``seed`` and leaves the global random state as it was.
 """
 
-from stablediffusion.testing.families import FAMILIES, TASKS
+from stablediffusion.testing.families import FAMILIES
+from stablediffusion.testing.families.tiny import TASKS
 from stablediffusion.testing.loras import tiny_lora
 from stablediffusion.testing.networks import mid_size_unet, sd15_size_unet
 from stablediffusion.testing.pipelines import tiny_call, tiny_image, tiny_mask, tiny_pipeline

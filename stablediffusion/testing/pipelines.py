@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from stablediffusion.testing.families import FAMILIES, LATENT_SIZE, TASKS
+from stablediffusion.testing.families import FAMILIES
+from stablediffusion.testing.families.tiny import LATENT_SIZE, TASKS
 from stablediffusion.testing.networks import controlnet, seeded
 from stablediffusion.testing.text import T5_LENGTH
 
 IMAGE_SIZE = 2 * LATENT_SIZE
+# Options of calls that begin with an image; other calls may take one, and need none.
+_NEED_AN_IMAGE = ("strength", "mask_image", "controlnet_conditioning_scale")
 _SUFFIX = dict(zip(TASKS, ("", "Img2Img", "Inpaint", "Inpaint", "ControlNet"), strict=True))
 
 
@@ -35,7 +38,7 @@ def tiny_pipeline(
     """Build a random pipeline of a family that runs in milliseconds, offline.
 
     Args:
-        family: of ``FAMILIES``: "sd15", "sd21" (v-prediction), "sdxl", "sd3" or "flux".
+        family: of ``FAMILIES``.
         task: "text2img", "img2img", "inpaint" (4 channels), "inpaint9" (a UNet of 9), "controlnet";
             the last two for UNets only.
         seed: of the weights; the global generator is left as it was.
@@ -56,10 +59,13 @@ def tiny_pipeline(
     if task not in tiny.tasks:
         raise ValueError(f"a tiny {family} pipeline has no task {task!r}; {', '.join(tiny.tasks)} exist")
     with seeded(seed):
-        parts = {"vae": tiny.autoencoder(), **tiny.text()}
-        denoiser = tiny.denoiser(5 if task == "inpaint9" else 0)
-        denoiser_name = "unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"
-        parts[denoiser_name] = denoiser
+        parts = {"vae": tiny.vae(), **tiny.text()}
+        more = 5 if task == "inpaint9" else 0
+        denoiser = tiny.denoiser(more)
+        name = "unet" if isinstance(denoiser, diffusers.UNet2DConditionModel) else "transformer"
+        parts[name] = denoiser
+        if tiny.second:
+            parts[f"{name}_2"] = tiny.denoiser(more)
         if task == "controlnet":
             parts["controlnet"] = controlnet(denoiser)
     for part in parts.values():
@@ -97,6 +103,8 @@ def tiny_call(pipe: Any, steps: int = 4) -> dict[str, Any]:
     """
     known = inspect.signature(pipe.__call__).parameters
     given: dict[str, Any] = {"max_sequence_length": T5_LENGTH, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    given |= {"image": tiny_image(), "strength": 0.8, "mask_image": tiny_mask()}
+    given |= {"strength": 0.8, "mask_image": tiny_mask()}
+    if any(name in known for name in _NEED_AN_IMAGE):
+        given["image"] = tiny_image()
     call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
     return call | {name: value for name, value in given.items() if name in known}

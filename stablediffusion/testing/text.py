@@ -14,6 +14,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -23,6 +26,18 @@ CLIP_LENGTH = 77
 T5_LENGTH = 16
 _SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_OPEN, _CLOSE = "<|im_start|>", "<|im_end|>"
+# What is said may be text, or a list of parts of which some are text.
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>"
+    "{% endfor %}"
+)
+# Qwen-Image puts prompts into a text of its own and drops the 34 tokens before them: so many as these words make of it.
+_WORDS = (
+    "system Describe user",
+    " the image by detailing color shape size texture quantity text spatial relationships of objects and background",
+)
 
 
 def clip_vocabulary() -> dict[str, int]:
@@ -99,3 +114,35 @@ def t5_encoder(width: int = 32) -> T5EncoderModel:
         decoder_start_token_id=0,
     )
     return T5EncoderModel(config)
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """Return a language model's tokenizer with a template of chats; most of its tokens are single characters."""
+    # bytes in this kind of vocabulary: a space is \u0120, a new line \u010a
+    tokens = [_EOS, _OPEN, _CLOSE, "\u0120", "\u010a", *string.ascii_uppercase, *_SYMBOLS]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], additional_special_tokens=[_OPEN, _CLOSE]
+    )
+    bare, spaced = (words.split() for words in _WORDS)
+    tokenizer.add_tokens([*bare, *(f" {word}" for word in spaced)])
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def decoder(width: int = 16, layers: int = 2) -> Qwen3Model:
+    """Return a language model without its head, of the given width.
+
+    Weights are larger than trained ones begin, so that hidden states of every layer are of order one.
+    """
+    config = Qwen3Config(
+        vocab_size=len(chat_tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=width // 2,
+        initializer_range=width**-0.5,
+        pad_token_id=0,
+    )
+    return Qwen3Model(config)
