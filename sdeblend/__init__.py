@@ -11,6 +11,7 @@ from sdeblend.blend import Blend, Evaluation
 from sdeblend.brownian import BrownianNoise
 from sdeblend.certificate import Certificate, effective_sample_size
 from sdeblend.correct import Correction, systematic_resample
+from sdeblend.corrector import Corrector, place_moves
 from sdeblend.grid import time_grid
 from sdeblend.noise import BatchNoise, PerSampleNoise, ReplayNoise
 from sdeblend.parametrisation import convert
@@ -43,6 +44,7 @@ __all__ = [
     "Certificate",
     "Concatenated",
     "Correction",
+    "Corrector",
     "CountingStack",
     "EulerMaruyama",
     "Evaluation",
@@ -66,6 +68,7 @@ __all__ = [
     "VPLinear",
     "convert",
     "effective_sample_size",
+    "place_moves",
     "solve",
     "systematic_resample",
     "time_grid",

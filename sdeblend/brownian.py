@@ -33,5 +33,7 @@ class BrownianNoise:
             raise ValueError(
                 f"a Brownian path is known on its own grid only, got the step {float(t):g} -> {float(s):g}"
             )
+        if t == s:
+            raise ValueError(f"a Brownian path has no noise for moves at one time, got them at t = {float(t):g}")
         increment = self.path[places[1]] - self.path[places[0]]
         return (increment / (float(t) - float(s)) ** 0.5).to(like)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -32,7 +31,7 @@ from torch import Tensor
 
 from sdeblend.blend import Blend, Evaluation, combine, spread
 from sdeblend.certificate import Certificate, certify, effective_sample_size, log_mean_exp
-from sdeblend.noise import Noise
+from sdeblend.noise import Noise, generator_beside
 from sdeblend.steps import Move, Step
 
 CorrectionMode = Literal["certify", "resample"]
@@ -290,13 +289,7 @@ def start_weights(
     if isinstance(correct, str):
         generator = None
         if correct == "resample":
-            first = noise[0] if isinstance(noise, Sequence) else noise
-            if not isinstance(first, torch.Generator):
-                raise ValueError(
-                    "correct='resample' needs a generator, got a noise source; "
-                    "pass Correction('resample', generator=...)"
-                )
-            generator = torch.Generator().manual_seed((first.initial_seed() + 1) % 2**63)
+            generator = generator_beside(noise, 1, "Correction('resample', generator=...)")
         correct = Correction(correct, generator=generator)
     if not isinstance(correct, Correction):
         raise TypeError(f"correct must be 'certify', 'resample', a Correction or None, got {correct!r}")

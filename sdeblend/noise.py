@@ -1,7 +1,8 @@
 """Noise sources: who draws z, from which generator, and how a run is repeated on the same noise.
 
 A source is called once a step as ``source(n, t, s, like)`` and returns z of unit variance, shaped as
-``like``. Nothing in this library draws from the global generator.
+``like``; for the moves of a corrector as ``source(n, t, t, like)``, n after those of all steps. Nothing in this
+library draws from the global generator.
 
 * BatchNoise: one generator for the batch; the fastest.
 * PerSampleNoise: one generator a sample; results do not depend on the batch size.
@@ -99,3 +100,20 @@ def noise_source(noise: Noise) -> NoiseSource:
         f"noise must be a torch.Generator, a list of them or a noise source, got {type(noise).__name__}; "
         "pass torch.Generator().manual_seed(seed)"
     )
+
+
+def generator_beside(noise: Noise, offset: int, instead: str) -> torch.Generator:
+    """Return a generator for what a run draws beside its noise, seeded from the noise's own (the first of several).
+
+    Args:
+        noise: of the run.
+        offset: tells what is drawn apart.
+        instead: what to pass where the noise has no seed.
+
+    Raises:
+        ValueError: a noise source, which has none.
+    """
+    first = noise[0] if isinstance(noise, Sequence) else noise
+    if not isinstance(first, torch.Generator):
+        raise ValueError(f"what a run draws beside its noise needs a generator, got a noise source; pass {instead}")
+    return torch.Generator().manual_seed((first.initial_seed() + offset) % 2**63)

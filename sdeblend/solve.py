@@ -17,6 +17,7 @@ from torch import Tensor
 from sdeblend.blend import Blend, Evaluation
 from sdeblend.certificate import Certificate
 from sdeblend.correct import Correction, CorrectionMode, Weights, start_weights
+from sdeblend.corrector import Corrector, Moves
 from sdeblend.grid import check_grid
 from sdeblend.noise import Noise, noise_source
 from sdeblend.score import prepare_times
@@ -104,6 +105,7 @@ def trajectory(
     noise: Noise,
     step: Step | None = None,
     correct: CorrectionMode | Correction | None = None,
+    corrector: Corrector | None = None,
     gradients: bool | None = None,
 ) -> Iterator[State]:
     """Yield the start and the state after each step.
@@ -117,6 +119,7 @@ def trajectory(
         correct: "certify", "resample" or a ``Correction``; needs a ``Blend`` with constant coefficients and a
             step with noise. With one row of coefficients a sample, samples of equal rows are the particles of
             one problem. "resample" alone derives the ancestors' generator from the noise generator's seed.
+        corrector: Langevin moves after each step, and after its resampling.
         gradients: whether autograd records the run; by default only if the start or the coefficients of the blend
             require a gradient. A network's own parameters ask for nothing: without this they would keep every step.
 
@@ -130,6 +133,9 @@ def trajectory(
     walk, blend, used = Walk(step, sde.schedule, grid), sde.score if isinstance(sde.score, Blend) else None, 0.0
     if gradients is None:
         gradients = torch.is_grad_enabled() and (x.requires_grad or (blend is not None and blend.requires_grad))
+    moves = None
+    if corrector is not None:
+        moves = Moves(corrector, sde.score, sde.schedule, grid, noise, source, len(x))
     prepare_times(sde.score, grid)
     yield State(0, float(grid[0]), x, weights and weights.snapshot())
     for n, move in enumerate(walk.moves, 1):
@@ -147,6 +153,10 @@ def trajectory(
                 if ancestors is not None:
                     x = x[ancestors]
                     walk.select(ancestors)
+            if moves is not None and moves.counts[n - 1]:
+                x = moves.after(n - 1, x, move.s)
+                _check_finite(x, n, move)
+                used += moves.counts[n - 1] * moves.cost
         yield State(n, float(move.s), x, weights and weights.snapshot(), evaluation, used)
 
 
@@ -158,19 +168,23 @@ def solve(
     noise: Noise,
     step: Step | None = None,
     correct: CorrectionMode | Correction | None = None,
+    corrector: Corrector | None = None,
     gradients: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Solution:
     """Run ``trajectory`` to its end.
 
     Args:
-        sde, x, grid, noise, step, correct, gradients: as there.
+        sde, x, grid, noise, step, correct, corrector, gradients: as there.
         progress: called with (steps done, steps in all) after each step.
 
     Returns:
         samples with weights, certificate and counts.
     """
-    for state in trajectory(sde, x, grid, noise=noise, step=step, correct=correct, gradients=gradients):
+    run = trajectory(
+        sde, x, grid, noise=noise, step=step, correct=correct, corrector=corrector, gradients=gradients
+    )
+    for state in run:
         if progress is not None and state.step:
             progress(state.step, len(grid) - 1)
     weights = state.weights
