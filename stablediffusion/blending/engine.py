@@ -18,13 +18,12 @@ from torch import Tensor
 
 from sdeblend import Blend, Correction, Evaluation, Preference
 from sdeblend.select import Selection, check_probabilities, member_scores, select_members
-from sdeblend.steps import Move
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.soups import SOUPS
 from stablediffusion.blending.denoiser import Denoiser, Pass
 from stablediffusion.blending.particles import Particles, after_guidance, same_problem
 from stablediffusion.pipelines.families import paints_over
-from stablediffusion.pipelines.schedulers import noisy_move, schedule_of
+from stablediffusion.pipelines.schedulers import NoisyStep, noisy_move
 
 Mode = Literal["mpa", "ls", "soup", "soup-factors"]
 
@@ -171,9 +170,8 @@ class Engine:
         result.prev_sample = result.prev_sample[ancestors]
         return result
 
-    def _move(self, timestep: Any, kwargs: dict[str, Any]) -> Move | None:
-        schedule, _ = schedule_of(self.pipe)
-        move = noisy_move(self.pipe.scheduler, schedule, float(timestep), float(kwargs.get("eta", 0.0)))
+    def _move(self, timestep: Any, kwargs: dict[str, Any]) -> NoisyStep | None:
+        move = noisy_move(self.pipe.scheduler, float(timestep), kwargs.get("eta"))
         if paints_over(self.pipe):
             move = "inpainting with 4 channels replaces part of the image after each step"
         if isinstance(move, str):
@@ -186,7 +184,7 @@ class Engine:
         if self.correction is not None and self.correction.mode == "resample":
             raise ValueError(f"correct='resample' needs the weights of every step, which do not exist: {why}")
 
-    def _add(self, move: Move, evaluation: Evaluation, output: Tensor) -> bool:
+    def _add(self, move: NoisyStep, evaluation: Evaluation, output: Tensor) -> bool:
         """Add the weights of one step; return whether they exist."""
         rescale = float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale > 0 and not self._warned:
@@ -201,7 +199,7 @@ class Engine:
         error = float((expected - output).double().norm() / output.double().norm().clamp_min(1e-30))
         if error != error:
             raise FloatingPointError(
-                f"the blended prediction must be finite, got NaN or infinity at t = {float(move.t):g}; use float32, "
+                f"the blended prediction must be finite, got NaN or infinity at t = {move.time:g}; use float32, "
                 "or weights that extrapolate less"
             )
         if not error < (1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2):
@@ -219,7 +217,7 @@ class Engine:
         if correction.mode == "resample" and correction.generator is None:
             correction = replace(correction, generator=torch.Generator().manual_seed(self.seed))
         groups = same_problem(self.run.prompts, self.coefficients, images).to(device)
-        return Particles(replace(correction, groups=groups), self.coefficients, *schedule_of(self.pipe))
+        return Particles(replace(correction, groups=groups), self.coefficients)
 
     def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encode the prompt once for the base and once for each member with a text-encoder LoRA."""

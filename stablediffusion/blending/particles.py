@@ -1,9 +1,9 @@
 """Certificate and resampling inside a pipeline's own run: the core's ``Weights``, fed by the scheduler's steps.
 
-At each scheduler step the members' guided predictions are known. With b the score slope and g the noise of that
-step (``schedulers.noisy_move``) and q the slope from prediction to score,
+At each scheduler step the members' guided predictions are known. With b the slope on them and g the noise of that
+step (``schedulers.noisy_move``),
 
-    log W += -(b q)^2 spread(guided predictions) / (2 g^2).
+    log W += -b^2 spread(guided predictions) / (2 g^2).
 
 Images of one prompt (and one preference) are the particles of one problem.
 """
@@ -18,10 +18,8 @@ from torch import Tensor
 from sdeblend.blend import Evaluation, combine
 from sdeblend.certificate import effective_sample_size
 from sdeblend.correct import Correction, Weights
-from sdeblend.parametrisation import Parametrisation, conversion
-from sdeblend.schedule import NoiseSchedule
-from sdeblend.steps import Move
 from stablediffusion.pipelines.inputs import guided
+from stablediffusion.pipelines.schedulers import NoisyStep
 
 
 class EffectiveSamples(NamedTuple):
@@ -44,37 +42,32 @@ class Particles:
     Args:
         correction: how they are used, and which images are particles of one problem.
         coefficients: of the blend, (K,) or (B, K).
-        schedule: of the network.
-        prediction: what the network predicts.
 
     Attributes:
         pairs: one (K, K) a step: what each pair of members adds to the mean of -log W over the blend's own paths, in
             nats; of one problem, its sum is the step's entry of the certificate's profile.
     """
 
-    def __init__(
-        self, correction: Correction, coefficients: Tensor, schedule: NoiseSchedule, prediction: Parametrisation
-    ) -> None:
+    def __init__(self, correction: Correction, coefficients: Tensor) -> None:
         groups = correction.groups
         assert groups is not None
         self.weights = Weights(correction, len(groups), groups.device, bool((coefficients >= 0).all()))
         self.count = coefficients.shape[-1]
-        self.schedule, self.prediction = schedule, prediction
         self._share = groups.bincount()[groups] / len(groups)  # of an image's problem among the images
         self.pairs: list[Tensor] = []
 
-    def add(self, move: Move, evaluation: Evaluation) -> None:
+    def add(self, move: NoisyStep, evaluation: Evaluation) -> None:
         """Add one step with the guided members of its evaluation."""
         pairs = torch.zeros(self.count, self.count, dtype=torch.float64)
         self.pairs.append(pairs)
-        if not move.g:
+        if not move.noise:
             self.weights.skip()
             return
-        slope = move.b * float(conversion(self.schedule, move.t, self.prediction, "score")[1])
+        precision = (move.slope / move.noise) ** 2
         active = torch.tensor(evaluation.active)
         mean = torch.tensordot(self.weights.undo() * self._share, evaluation.pair_spread(), 1).cpu()
-        pairs[active[:, None], active] = mean * slope**2 / (2 * move.g**2)
-        self.weights.add(evaluation.spread() * slope**2, move.g**2, float(move.t))
+        pairs[active[:, None], active] = mean * precision / 2
+        self.weights.add(evaluation.spread() * precision, 1.0, move.time)
 
     def effective_samples(self) -> list[EffectiveSamples]:
         """Return the effective sample sizes without and with resampling, one pair a problem."""

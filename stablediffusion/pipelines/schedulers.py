@@ -2,11 +2,10 @@
 
 * A scheduler with ``alphas_cumprod`` is a ``TrainedTable``: index i of N is t = (i + 1)/N, between indices the
   log signal-to-noise ratio is linear. Its networks predict eps, v or x0.
-* A flow-matching scheduler is ``RectifiedFlow``: alpha = 1 - t, sigma = t, timestep N t; networks predict the velocity.
+* A flow-matching scheduler, and any other with flow sigmas, is ``RectifiedFlow``: alpha = 1 - t, sigma = t, timestep
+  N t; networks predict the velocity.
 
-DDIM with eta, DDPM and Euler-ancestral all take the core's ``Ancestral`` step, each in coordinates of its own, and
-B^2 / G^2 (score slope over noise) does not depend on the coordinates. So the weights of a run (``sdeblend.correct``)
-need only the two times of a step and eta.
+The weights of a run (``sdeblend.correct``) need the slope and the noise of its steps alone (``transitions``).
 
 DDIM steps to ``t - N // n`` whatever the next grid time is: the parity grid is the scheduler's own.
 """
@@ -15,17 +14,17 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdeblend.parametrisation import Parametrisation
 from sdeblend.schedule import NoiseSchedule, RectifiedFlow, TrainedTable
-from sdeblend.steps import Ancestral, Move
+from stablediffusion.pipelines.transitions import RULES, setting
 
 _PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SUPPORTED = ("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler")
+SUPPORTED = tuple(RULES)
 
 
 def schedule_of(pipe: Any) -> tuple[NoiseSchedule, Parametrisation]:
@@ -99,41 +98,61 @@ def _end(schedule: NoiseSchedule, scheduler: Any) -> float:
     return 0.0 if final is None or float(final) == 1 else schedule.t_min
 
 
-def noisy_move(scheduler: Any, schedule: NoiseSchedule, timestep: float, eta: float) -> Move | str:
-    """Return the core's step equal to the scheduler's next one, or why there is none.
+class NoisyStep(NamedTuple):
+    """A scheduler's next step x' = A x + slope output + noise z, in its own coordinates.
+
+    Attributes:
+        time: t of the schedule where it starts.
+        slope: of x' on what the pipeline hands to ``scheduler.step``.
+        noise: standard deviation; 0 for the step that ends where no noise is left.
+    """
+
+    time: float
+    slope: float
+    noise: float
+
+
+def noisy_move(scheduler: Any, timestep: float, eta: float | None = None) -> NoisyStep | str:
+    """Return the slope and the noise of a scheduler's next step, or why it has no weights.
 
     Args:
         scheduler: before its ``step``.
-        schedule: of the network.
         timestep: the scheduler's.
-        eta: what the pipeline passes to DDIM.
+        eta: what the pipeline passes to ``step``; None if nothing.
 
     Returns:
-        the step (``g`` = 0 if this one takes no noise), or one clause that says why weights do not exist.
+        the step, or one clause that says why weights do not exist; never an exception.
     """
-    name = type(scheduler).__name__
-    if name not in SUPPORTED:
-        return f"{name} takes no noise, or not in ancestral steps; use one of {', '.join(SUPPORTED)}"
-    if scheduler.config.get("clip_sample") or scheduler.config.get("thresholding"):
+    why = _refusal(scheduler)
+    if why is not None:
+        return why
+    name = _class_of_step(scheduler)
+    time, slope, noise, ends = RULES[name].step(scheduler, float(timestep), eta)
+    if not (math.isfinite(slope) and math.isfinite(noise)):
+        return f"{name}'s step is not finite at t = {time:g}, where no signal is left"
+    if noise == 0 and slope != 0 and not ends:
+        return f"{name} takes no noise at t = {time:g}; pass eta=1 to the pipeline if it has eta"
+    return NoisyStep(time, slope, noise)
+
+
+def _class_of_step(scheduler: Any) -> str:
+    """Return the name of the class whose ``step`` a scheduler takes: a subclass may leave it as it is."""
+    return next((c.__name__ for c in type(scheduler).__mro__ if "step" in vars(c)), type(scheduler).__name__)
+
+
+def _refusal(scheduler: Any) -> str | None:
+    """Return one clause if no step of a scheduler, as it is set, is affine with noise and without memory."""
+    name = _class_of_step(scheduler)
+    rule = RULES.get(name)
+    if rule is None:
+        return (
+            f"{name} takes no noise, or not in steps that are affine in one output; use DDIMScheduler with eta=1, "
+            "EulerAncestralDiscreteScheduler, or FlowAncestral for a flow model"
+        )
+    if rule.clips and (setting(scheduler, "clip_sample") or setting(scheduler, "thresholding")):
         return f"{name} clips its predictions, so its means are not affine in them; set clip_sample=False"
-    if name == "EulerAncestralDiscreteScheduler":
-        index = scheduler.step_index
-        sigmas = [float(s) for s in scheduler.sigmas[index : index + 2]]
-        t, s = (float(schedule.time_of_log_snr(-2 * math.log(v))) if v > 0 else 0.0 for v in sigmas)
-        return Ancestral().plan(schedule, torch.tensor([t, s], dtype=torch.float64))[0]
-    t = time_of(schedule, timestep, scheduler)
-    if name == "DDPMScheduler":
-        if not scheduler.config.variance_type.startswith("fixed_small"):
-            return f"DDPM's variance must be the posterior's, got {scheduler.config.variance_type}; use 'fixed_small'"
-        previous, eta = float(scheduler.previous_timestep(int(timestep))), 1.0
-    else:
-        if eta == 0:
-            return "DDIM with eta = 0 takes no noise; pass eta=1 to the pipeline"
-        previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    s = time_of(schedule, previous, scheduler) if previous >= 0 else _end(schedule, scheduler)
-    if s >= t:
-        return Move(torch.tensor(t), torch.tensor(s), 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-    return Ancestral(eta).plan(schedule, torch.tensor([t, s], dtype=torch.float64))[0]
+    why = rule.why_not(scheduler)
+    return None if why is None else f"{name} has no weights: {why}"
 
 
 def check_resampling(scheduler: Any) -> None:
@@ -142,9 +161,6 @@ def check_resampling(scheduler: Any) -> None:
     Raises:
         ValueError: a scheduler without noise, or with memory.
     """
-    name = type(scheduler).__name__
-    if name not in SUPPORTED:
-        raise ValueError(
-            f"resampling needs a scheduler with noise and without memory, {', '.join(SUPPORTED)}, got {name}; "
-            "set pipe.scheduler, or pass correct=None"
-        )
+    why = _refusal(scheduler)
+    if why is not None:
+        raise ValueError(f"resampling needs a scheduler with noise and without memory: {why}; or pass correct=None")

@@ -173,7 +173,6 @@ def test_no_noise_means_no_certificate_and_a_reason(scheduler, options, message,
     [
         ("ddim", {"clip_sample": True}, "clips its predictions"),
         ("ddpm", {"clip_sample": False, "thresholding": True}, "clips its predictions"),
-        ("ddpm", {"variance_type": "fixed_large"}, "use 'fixed_small'"),
     ],
 )
 def test_steps_that_are_not_affine_have_no_certificate(scheduler, config, message, gentle):
