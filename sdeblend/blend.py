@@ -54,7 +54,7 @@ class Evaluation:
 
     def pair_spread(self) -> Tensor:
         """Return c_i c_j |S_i - S_j|^2 / 2, float64 (B, Ka, Ka); its sum over i, j is the spread."""
-        flat = self.members.flatten(2).double()
+        flat = in_float64(self.members.flatten(2))
         centred = (flat - flat.mean(0)).movedim(0, 1)
         gram = centred @ centred.mT
         norm = gram.diagonal(dim1=1, dim2=2)
@@ -102,10 +102,15 @@ def spread(members: Tensor, coefficients: Tensor, blended: Tensor) -> Tensor:
         float64 (B,).
     """
     if len(members) == 1:
-        return torch.zeros(len(blended), dtype=torch.float64, device=blended.device)
-    squares = (members - blended).flatten(2).square().sum(2).double()
+        return in_float64(blended.new_zeros(len(blended)))
+    squares = in_float64((members - blended).flatten(2).square().sum(2))
     c = coefficients.to(squares)
     return c @ squares if c.ndim == 1 else (c.T * squares).sum(0)
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Return values in float64: where they are, or on the CPU if their device has none (Apple's)."""
+    return values.cpu().double() if values.device.type == "mps" else values.to(values.device, torch.float64)
 
 
 class Blend(Bound):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stablediffusion.adapters.soups import check_plain
-from stablediffusion.adapters.switch import AdapterSwitch
+from stablediffusion.adapters.switch import ACTIVE, AdapterSwitch
 
 
 class SideBySide:
@@ -44,13 +44,17 @@ class SideBySide:
                 layer.__dict__.pop("forward", None)
 
     def _forward(self, position: int, layer: Any, names: tuple[str | None, ...]) -> Callable[..., Tensor]:
+        own = type(layer).forward
         background = self.switch.background_of(layer)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            result = layer.base_layer(x, *args, **kwargs)
-            for name in background:
-                if name in layer.lora_A:
-                    result = result + layer.lora_B[name](layer.lora_A[name](x)) * layer.scaling[name]
+            # the base with what stays active for all, of whatever kind, as peft computes it
+            active = layer.__dict__[ACTIVE]
+            layer.__dict__[ACTIVE] = background
+            try:
+                result: Tensor = own(layer, x, *args, **kwargs)
+            finally:
+                layer.__dict__[ACTIVE] = active
             if not any(name in layer.lora_A for name in names if name is not None):
                 return result
             if len(x) % len(names):
@@ -58,10 +62,12 @@ class SideBySide:
                     f"members side by side need a batch of {len(names)} equal parts in every adapted layer, got "
                     f"{len(x)} rows; use batched=False"
                 )
-            if isinstance(layer.base_layer, nn.Linear):
+            if isinstance(layer.get_base_layer(), nn.Linear):
                 down, up = self._factors(position, layer, names)
+                # the scales are read now: a call's own scale or new weights of adapters change them
+                scales = up.new_tensor([layer.scaling[n] if n in layer.lora_A else 0.0 for n in names])
                 h = x.to(down.dtype).reshape(len(names), -1, x.shape[-1])
-                return result + (h @ down @ up).reshape(result.shape).to(result.dtype)
+                return result + ((h @ down) * scales[:, None, None] @ up).reshape(result.shape).to(result.dtype)
             parts = [
                 layer.lora_B[n](layer.lora_A[n](part)) * layer.scaling[n] if n in layer.lora_A else None
                 for n, part in zip(names, x.chunk(len(names)), strict=True)
@@ -72,17 +78,18 @@ class SideBySide:
         return forward
 
     def _factors(self, position: int, layer: Any, names: tuple[str | None, ...]) -> tuple[Tensor, Tensor]:
-        """Return (K, in, r) and (K, r, out), zero for the base and padded to the largest rank."""
+        """Return (K, in, r) and (K, r, out) without their scales, zero for the base and padded to the largest rank."""
         key = (position, names)
         if key not in self._stacked:
             some = next(layer.lora_A[n].weight for n in names if n in layer.lora_A)
             rank = max(layer.r[n] for n in names if n in layer.lora_A)
-            down = some.new_zeros(len(names), layer.base_layer.in_features, rank)
-            up = some.new_zeros(len(names), rank, layer.base_layer.out_features)
+            base = layer.get_base_layer()
+            down = some.new_zeros(len(names), base.in_features, rank)
+            up = some.new_zeros(len(names), rank, base.out_features)
             with torch.no_grad():
                 for k, name in enumerate(names):
                     if name in layer.lora_A:
                         down[k, :, : layer.r[name]] = layer.lora_A[name].weight.T
-                        up[k, : layer.r[name]] = layer.lora_B[name].weight.T * layer.scaling[name]
+                        up[k, : layer.r[name]] = layer.lora_B[name].weight.T
             self._stacked[key] = down, up
         return self._stacked[key]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-_ACTIVE, _DISABLED = "_active_adapter", "_disable_adapters"  # peft's attributes
+ACTIVE, _DISABLED = "_active_adapter", "_disable_adapters"  # peft's attributes
 _ABSENT = object()
 
 
@@ -27,7 +27,7 @@ def adapted_layers(modules: Iterable[nn.Module]) -> list[BaseTunerLayer]:
 def deactivate(modules: Iterable[nn.Module], adapter: str) -> None:
     """Take an adapter from the active ones of every layer; peft would activate another in place of a deleted one."""
     for layer in adapted_layers(modules):
-        layer.__dict__[_ACTIVE] = [name for name in layer.active_adapters if name != adapter]
+        layer.__dict__[ACTIVE] = [name for name in layer.active_adapters if name != adapter]
 
 
 def activity_of(modules: Collection[nn.Module]) -> Callable[[], None]:
@@ -36,7 +36,7 @@ def activity_of(modules: Collection[nn.Module]) -> Callable[[], None]:
 
     def restore() -> None:
         for layer in adapted_layers(modules):
-            layer.__dict__[_ACTIVE] = before.get(layer, [])
+            layer.__dict__[ACTIVE] = before.get(layer, [])
 
     return restore
 
@@ -70,7 +70,7 @@ class AdapterSwitch:
     @contextmanager
     def borrowed(self) -> Iterator[AdapterSwitch]:
         """Allow ``use`` inside; every layer is as before afterwards, whatever happens."""
-        saved = [{name: layer.__dict__.get(name, _ABSENT) for name in (_ACTIVE, _DISABLED)} for layer in self.layers]
+        saved = [{name: layer.__dict__.get(name, _ABSENT) for name in (ACTIVE, _DISABLED)} for layer in self.layers]
         background = [
             [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in self.members]
             for layer in self.layers
@@ -97,7 +97,7 @@ class AdapterSwitch:
             lists = self._lists[names] = [[*background, *names] for background in self._background]
         for layer, value in zip(self.layers, lists, strict=True):
             # past nn.Module.__setattr__, which would cost more than the whole switch
-            layer.__dict__[_ACTIVE] = value
+            layer.__dict__[ACTIVE] = value
 
     def background_of(self, layer: BaseTunerLayer) -> list[str]:
         """Return the adapters that stay active in a layer whatever is chosen."""

@@ -4,7 +4,7 @@
         images = pipe("a red circle", eta=1.0).images
         print(knobs.certificate)
 
-The denoiser's forward is replaced by one that evaluates base and members and returns their ``sdeblend.Blend``;
+Each denoiser's forward is replaced by one that evaluates base and members and returns their ``sdeblend.Blend``;
 pipeline, scheduler, guidance and everything else stay diffusers'. Blending raw predictions before
 classifier-free guidance equals the paper's blend after it, because coefficients sum to one. For eps-, v- and
 x0-networks this blends scores; for flow models (SD 3, Flux) it blends velocities, and the sampler is their ODE.
@@ -31,10 +31,17 @@ from sdeblend.select import Selection
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.soups import SOUPS
 from stablediffusion.blending.denoiser import Denoiser
+from stablediffusion.blending.embeddings import TextEmbeddings
 from stablediffusion.blending.engine import Engine, Mode
 from stablediffusion.blending.knobs import Knobs
-from stablediffusion.blending.patches import followed_scheduler, forward_name, patched, patched_forward
-from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion.blending.patches import (
+    followed_scheduler,
+    forward_name,
+    patched,
+    patched_forward,
+    running_pipeline,
+)
+from stablediffusion.pipelines.components import denoisers_of
 from stablediffusion.pipelines.schedulers import check_resampling
 
 _MARK = "_sdeblend_attached"
@@ -78,41 +85,58 @@ def blend(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    name, network = denoiser_of(pipe)
-    _check_free(name, network)
+    networks = denoisers_of(pipe)
+    for name, network in networks.items():
+        _check_free(name, network)
     members = members.on(pipe)
     correction = _checked(correct, mode, pipe)
     if batched is None:
-        batched = mode == "mpa" and next(network.parameters()).is_cuda and members.adapters_only
+        cuda = all(next(network.parameters()).is_cuda for network in networks.values())
+        batched = mode == "mpa" and cuda and members.adapters_only
     with ExitStack() as undo:
         undo.enter_context(members.borrowed())
-        denoiser = Denoiser(getattr(network, forward_name(network)), network, members, side_by_side=batched)
-        engine = Engine(pipe, members, denoiser, mode=mode, correction=correction, selection=selection, seed=seed)
+        embeddings = TextEmbeddings()
+        denoisers = {
+            name: Denoiser(
+                getattr(network, forward_name(network)), network, members, side_by_side=batched, embeddings=embeddings
+            )
+            for name, network in networks.items()
+        }
+        engine = Engine(pipe, members, denoisers, mode=mode, correction=correction, selection=selection, seed=seed)
         undo.enter_context(engine.soup)
         knobs = Knobs(engine)
         knobs.preference = preference
-        undo.enter_context(_attached(pipe, network, engine))
+        undo.enter_context(_attached(pipe, networks, engine))
         yield knobs
-    if knobs.calls == 0:
+    unused = [name for name, calls in engine.calls.items() if calls == 0]
+    if unused:
         raise ValueError(
-            f"a blend on {type(pipe).__name__} was never used: no call of its {name} came through in the 'with' block; "
-            "call this pipeline inside it, and no copy of it"
+            f"a blend on {type(pipe).__name__} was never used: no call of its {' or '.join(unused)} came through in "
+            "the 'with' block; call this pipeline inside it, and no copy of it"
+            + (f", with steps for both, or without its {unused[0]}" if len(unused) < len(networks) else "")
         )
 
 
 @contextmanager
-def _attached(pipe: Any, network: nn.Module, engine: Engine) -> Iterator[None]:
-    """Let the engine work in place of the denoiser, of each step of the scheduler, and of the prompt encoder."""
+def _attached(pipe: Any, networks: Mapping[str, nn.Module], engine: Engine) -> Iterator[None]:
+    """Let the engine work in place of the denoisers, of each step of the scheduler, and of the prompt encoder."""
     with ExitStack() as undo:
-        network.__dict__[_MARK] = engine
-        undo.callback(network.__dict__.pop, _MARK, None)
-        follow = undo.enter_context(followed_scheduler(pipe, engine.restart, engine.step))
+        follow = undo.enter_context(followed_scheduler(pipe.scheduler, engine.restart, engine.step))
+        for name, network in networks.items():
+            network.__dict__[_MARK] = engine
+            undo.callback(network.__dict__.pop, _MARK, None)
 
-        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            follow()
-            return engine.forward(original, *args, **kwargs)
+            def forward(original: Callable[..., Any], *args: Any, name: str = name, **kwargs: Any) -> Any:
+                engine.pipe = running_pipeline() or engine.pipe
+                follow(engine.pipe.scheduler)
+                return engine.forward(name, original, *args, **kwargs)
 
-        undo.enter_context(patched_forward(network, forward))
+            undo.enter_context(patched_forward(network, forward))
+        if hasattr(pipe, "prepare_latents"):
+            undo.enter_context(patched(pipe, "prepare_latents", engine.prepare))
+        for name, part in getattr(pipe, "components", {}).items():
+            if "controlnet" in name and isinstance(part, nn.Module):
+                undo.callback(part.register_forward_pre_hook(engine.look, with_kwargs=True).remove)
         if engine.members.text_members and engine.mode not in SOUPS:
             undo.enter_context(patched(pipe, "encode_prompt", engine.encode))
         yield

@@ -1,16 +1,16 @@
-"""The passes of a pipeline through its denoiser, each a stack of the base's and the members' predictions.
+"""The passes of a pipeline through its denoisers, each a stack of the base's and the members' predictions.
 
-A pass is one call of the denoiser, with R = G B rows: B images in each of G guidance branches (negative prompts
-first). Here an image is one sample whose event has the branch in front: x is (B, G, *event), so that the
-core's coefficients and selections are per image, whatever the guidance. Predictions stay what the network
-predicts (eps, v, x0, velocity): coefficients sum to one, so blending them is blending scores, before guidance
-as well as after it.
+A pass is one call of a denoiser with R rows. A pipeline guides by rows of one call (negative prompts first), by
+several calls a step, or both, and predictions are blended before: coefficients sum to one, so this is the blend of
+scores after guidance too. Which rows belong to one image matters only where images have weights or members of their
+own: R = G B then, B images in each of G branches, and an image is one sample whose event has the branch in front,
+x (B, G, *event). Predictions stay what the network predicts (eps, v, x0, velocity).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,12 @@ from torch import Tensor
 from sdeblend.score import ScoreStack
 from stablediffusion.adapters.members import Member, Members
 from stablediffusion.adapters.side_by_side import SideBySide
+from stablediffusion.blending.calls import Call, Output
 from stablediffusion.blending.embeddings import TextEmbeddings
 
-# Arguments of Flux whose first dimension is the sequence, not the batch.
-_NOT_BATCHED = ("img_ids", "txt_ids")
 _TEXT_ARGUMENTS = ("encoder_hidden_states", "pooled_projections")
-_TIMES = ("timestep", "timesteps", "t")
-_HALF = (torch.float16, torch.bfloat16)
-
-Arguments = dict[str, Any]
+# How far adapters side by side may be from one after the other, relative to the prediction: rounding.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 class Denoiser:
@@ -37,74 +34,107 @@ class Denoiser:
         forward: the denoiser's own forward.
         network: the denoiser, for its signature and its class.
         members: what to evaluate beside it; their switch must be borrowed while a pass is evaluated.
-        side_by_side: evaluate adapters in one pass with a row each, instead of one after the other.
-
-    Attributes:
-        embeddings: of members that change a text encoder.
+        side_by_side: evaluate adapters in one pass with a row each, instead of one after the other, where the network
+            allows: the first pass of a kind is compared with the one after the other.
+        embeddings: of members that change a text encoder; own ones by default.
     """
 
     def __init__(
-        self, forward: Callable[..., Any], network: Any, members: Members, *, side_by_side: bool = False
+        self,
+        forward: Callable[..., Any],
+        network: Any,
+        members: Members,
+        *,
+        side_by_side: bool = False,
+        embeddings: TextEmbeddings | None = None,
     ) -> None:
         self.forward, self.switch, self.names = forward, members.switch, members.names
-        self.embeddings = TextEmbeddings()
+        self.embeddings = TextEmbeddings() if embeddings is None else embeddings
         self.all = (Member("base"), *(members[name] for name in members.names))
-        signature = inspect.signature(type(getattr(network, "_orig_mod", network)).forward)
-        self._signature = signature.replace(parameters=list(signature.parameters.values())[1:])
-        self.sample_name = next(iter(self._signature.parameters))
+        self._signature = type(getattr(network, "_orig_mod", network)).forward
         self._batch = SideBySide(members.switch) if side_by_side else None
-        self._output_class: type | None = None
+        self._compared: set[Any] = set()
+        self._last: Output | None = None
 
-    def bind(self, args: tuple[Any, ...], kwargs: Arguments, branches: int) -> Pass:
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], images: int | None = None) -> Pass:
         """Return the pass that a call of the denoiser makes.
 
         Args:
             args, kwargs: as the pipeline passed them.
-            branches: G, 2 with classifier-free guidance in one batch, else 1.
-        """
-        arguments = dict(self._signature.bind(*args, **kwargs).arguments)
-        arguments.update(arguments.pop("kwargs", {}))
-        self._output_class = None
-        rows = len(arguments[self.sample_name])
-        if rows % branches:
-            raise ValueError(
-                f"guidance in one batch needs {branches} rows an image, got {rows} rows; "
-                "this pipeline guides in a way that a blend does not know"
-            )
-        return Pass(self, arguments, branches, rows // branches)
+            images: B; by default each row counts as one.
 
-    def predict(self, chosen: Sequence[Member], calls: Sequence[Arguments]) -> list[Tensor]:
-        """Return what each member predicts for its arguments."""
+        Raises:
+            ValueError: rows that are no multiple of the images, or a call that cannot be read.
+        """
+        call = Call.read(self._signature, args, kwargs)
+        images = call.rows if images is None else images
+        if call.rows % images:
+            raise ValueError(
+                f"weights or members an image need as many rows for each image, got {call.rows} rows for {images}; "
+                "use one preference for all and mode='mpa'"
+            )
+        return Pass(self, call, images)
+
+    def predict(self, chosen: Sequence[Member], calls: Sequence[Call]) -> list[Tensor]:
+        """Return what each member predicts for its call, (R, *event); half precision comes back as float32."""
         shared = [k for k, member in enumerate(chosen) if member.module is None]
-        found: dict[int, Tensor] = {}
-        if self._batch is not None and len(shared) > 1:
-            parts = [calls[k] for k in shared]
-            rows = len(parts[0][self.sample_name])
-            joined = {
-                name: value if name in _NOT_BATCHED else _join([part[name] for part in parts], rows)
-                for name, value in parts[0].items()
-            }
-            with self._batch.parts([chosen[k].adapter for k in shared]):
-                self.switch.use()
-                found = dict(zip(shared, self._prediction(self.forward(**joined)).chunk(len(shared)), strict=True))
+        if self._batch is None or len(shared) < 2:
+            return [self._run(member, call) for member, call in zip(chosen, calls, strict=True)]
+        found = dict(zip(shared, self._together(self._batch, shared, chosen, calls), strict=True))
         return [
             found[k] if k in found else self._run(member, call)
             for k, (member, call) in enumerate(zip(chosen, calls, strict=True))
         ]
 
-    def output(self, sample: Tensor) -> Any:
-        """Return a sample as the last call of the network gave its own: a tuple, or an object of its class."""
-        return (sample,) if self._output_class is None else self._output_class(sample=sample)
+    @property
+    def last(self) -> Output:
+        """What the network gave last, and how to give another prediction in its place."""
+        if self._last is None:
+            raise RuntimeError("a denoiser has given nothing yet")
+        return self._last
 
-    def _run(self, member: Member, call: Arguments) -> Tensor:
+    def _together(
+        self, batch: SideBySide, shared: Sequence[int], chosen: Sequence[Member], calls: Sequence[Call]
+    ) -> list[Tensor]:
+        """Return the predictions of the members ``shared`` from one pass, compared once with one after the other."""
+        parts = [calls[k] for k in shared]
+        key = (len(shared), parts[0].rows, *sorted(n for n, value in parts[0].named.items() if value is not None))
+        if key in self._compared:
+            return self._side_by_side(batch, [chosen[k].adapter for k in shared], parts)
+        single = [self._run(chosen[k], calls[k]) for k in shared]
+        try:
+            joined = self._side_by_side(batch, [chosen[k].adapter for k in shared], parts)
+            apart = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(joined, single, strict=True))
+            why = f"it differs by {apart:.1e} relative to the prediction"
+        except (RuntimeError, ValueError, IndexError) as error:  # the network refuses another number of rows
+            joined, apart, why = single, float("inf"), f"it ends in {type(error).__name__}"
+        sample = parts[0].sample
+        if apart <= _ROUNDING.get(sample.dtype, 1e-4):
+            self._compared.add(key)
+            return joined
+        warnings.warn(
+            f"members run one after the other: side by side in one pass {why}, because this pipeline ties the rows of "
+            "a batch together; the images are the same, batched=False is quiet",
+            stacklevel=2,
+        )
+        self._batch = None
+        return single
+
+    def _side_by_side(self, batch: SideBySide, adapters: list[str | None], parts: Sequence[Call]) -> list[Tensor]:
+        with batch.parts(adapters):
+            # all are active, so that a call's own scale reaches every one
+            self.switch.use(*dict.fromkeys(name for name in adapters if name is not None))
+            return list(self._prediction(Call.joined(parts).of(self.forward)).chunk(len(parts)))
+
+    def _run(self, member: Member, call: Call) -> Tensor:
         if member.module is not None:
-            return self._prediction(member.module(**call))
+            return self._prediction(call.of(member.module))
         self.switch.use(*([] if member.adapter is None else [member.adapter]))
-        return self._prediction(self.forward(**call))
+        return self._prediction(call.of(self.forward))
 
-    def _prediction(self, output: Any) -> Tensor:
-        self._output_class = None if isinstance(output, tuple) else type(output)
-        return output[0] if isinstance(output, tuple) else output.sample
+    def _prediction(self, given: Any) -> Tensor:
+        self._last = Output.read(given)
+        return self._last.sample
 
 
 class Pass(ScoreStack):
@@ -114,33 +144,19 @@ class Pass(ScoreStack):
 
     Args:
         denoiser: what predicts.
-        arguments: of the call, by name.
-        branches: G.
+        call: of the denoiser.
         images: B of the call.
         index: which of its images the stack is restricted to, long; None for all.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, arguments: Arguments, branches: int, images: int, index: Tensor | None = None
-    ) -> None:
-        self.denoiser, self.arguments, self.names = denoiser, arguments, denoiser.names
-        self._branches, self._images, self._index = branches, images, index
+    def __init__(self, denoiser: Denoiser, call: Call, images: int, index: Tensor | None = None) -> None:
+        self.denoiser, self.call, self.names = denoiser, call, denoiser.names
+        self.images, self._branches, self._index = images, call.rows // images, index
 
     @property
     def sample(self) -> Tensor:
         """The state of all images of the call, (B, G, *event)."""
-        sample = self.arguments[self.denoiser.sample_name]
-        return sample.reshape(self._branches, -1, *sample.shape[1:]).transpose(0, 1)
-
-    @property
-    def time(self) -> float:
-        """The scheduler's time in the call, as the denoiser is given it."""
-        given = next((self.arguments[name] for name in _TIMES if self.arguments.get(name) is not None), None)
-        if given is None:
-            raise ValueError(
-                f"a pass through the denoiser needs its time as one of {', '.join(_TIMES)}, got none of them"
-            )
-        return float(torch.as_tensor(given).flatten()[0])
+        return self._event(self.call.sample)
 
     def __len__(self) -> int:
         return len(self.denoiser.all)
@@ -148,71 +164,38 @@ class Pass(ScoreStack):
     def __call__(self, x: Tensor, t: Tensor, active: Sequence[int] | None = None, /) -> Tensor:
         """Return the predictions (K, B, G, *event); half precision comes back as float32."""
         chosen = [self.denoiser.all[k] for k in (range(len(self)) if active is None else active)]
-        sample = _rows(x)
+        sample = x.transpose(0, 1).flatten(0, 1)
         outputs = self.denoiser.predict(chosen, [self._of(member, sample) for member in chosen])
-        return torch.stack([self._event(out, x) for out in outputs])
+        return torch.stack([self._event(out) for out in outputs])
 
     def rows(self, index: Tensor) -> Pass:
         """Return the stack for the images ``index``."""
-        index = index if self._index is None else self._index[index]
-        return Pass(self.denoiser, self.arguments, self._branches, self._images, index)
+        return Pass(self.denoiser, self.call, self.images, index if self._index is None else self._index[index])
 
     def output(self, value: Tensor) -> Any:
-        """Return predictions (B, G, *event) as the pipeline expects them from the denoiser."""
-        return self.denoiser.output(_rows(value).to(self.arguments[self.denoiser.sample_name].dtype))
+        """Return predictions (B, G, *event) of the network's dtype as the pipeline expects them from the denoiser."""
+        return self.denoiser.last.like(value.transpose(0, 1).flatten(0, 1))
 
-    def _of(self, member: Member, sample: Tensor) -> Arguments:
-        """Return the member's arguments: its prompt, the chosen rows, own copies of lists."""
-        arguments, embeddings = self.arguments, self.denoiser.embeddings
+    def _of(self, member: Member, sample: Tensor) -> Call:
+        """Return the member's call: its prompt, the chosen rows, own copies of lists."""
+        call, embeddings = self.call, self.denoiser.embeddings
         if member.text_encoders:
-            arguments = arguments | {
-                name: embeddings.of(member.name, arguments[name])
+            named = call.named | {
+                name: embeddings.of(member.name, call.named[name])
                 for name in _TEXT_ARGUMENTS
-                if isinstance(arguments.get(name), Tensor)
+                if isinstance(call.named.get(name), Tensor)
             }
-            added = arguments.get("added_cond_kwargs") or {}
+            added = named.get("added_cond_kwargs") or {}
             if "text_embeds" in added:
                 own = embeddings.of(member.name, added["text_embeds"])
-                arguments["added_cond_kwargs"] = added | {"text_embeds": own}
+                named["added_cond_kwargs"] = added | {"text_embeds": own}
+            call = Call(call.positional, named, call.state)
         rows = None
         if self._index is not None:
-            offsets = torch.arange(self._branches, device=self._index.device) * self._images
+            offsets = torch.arange(self._branches, device=self._index.device) * self.images
             rows = (offsets[:, None] + self._index).flatten()
-        count = self._branches * self._images
-        chosen = {
-            name: value if name in _NOT_BATCHED else _take(value, rows, count) for name, value in arguments.items()
-        }
-        chosen[self.denoiser.sample_name] = sample
-        return chosen
+        return call.on(sample, rows)
 
-    def _event(self, prediction: Tensor, x: Tensor) -> Tensor:
-        prediction = prediction.float() if prediction.dtype in _HALF else prediction
-        return prediction.reshape(self._branches, len(x), *prediction.shape[1:]).transpose(0, 1)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return (B, G, *event) as the rows of the pipeline, (G B, *event)."""
-    return x.transpose(0, 1).flatten(0, 1)
-
-
-def _take(value: Any, rows: Tensor | None, count: int) -> Any:
-    """Return the rows of every batched tensor in ``value``; lists and dictionaries are copied (the UNet pops)."""
-    if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if rows is not None and value.ndim and len(value) == count else value
-    if isinstance(value, dict):
-        return {key: _take(item, rows, count) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_take(item, rows, count) for item in value)
-    return value
-
-
-def _join(values: list[Any], rows: int) -> Any:
-    """Return the arguments of several members behind one another along the batch."""
-    first = values[0]
-    if isinstance(first, Tensor):
-        return torch.cat(values) if first.ndim and len(first) == rows else first
-    if isinstance(first, dict):
-        return {key: _join([value[key] for value in values], rows) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_join(list(items), rows) for items in zip(*values, strict=True))
-    return first
+    def _event(self, rows: Tensor) -> Tensor:
+        """Return rows (G N, *event) as images (N, G, *event)."""
+        return rows.reshape(self._branches, -1, *rows.shape[1:]).transpose(0, 1)

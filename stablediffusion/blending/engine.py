@@ -1,16 +1,17 @@
-"""What runs in place of a pipeline's denoiser, scheduler step and prompt encoder while a blend is attached.
+"""What runs in place of a pipeline's denoisers, scheduler step and prompt encoder while a blend is attached.
 
 Each denoiser call is one evaluation of the core's ``Blend``, or of one member an image, over the call's ``Pass``; each
-scheduler step adds the weights of that evaluation (``particles``). What one run of the pipeline knows is a ``Run``.
+scheduler step adds the weights of the passes since the last one (``guidance``, ``particles``). What one run of the
+pipeline knows is a ``Run``.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,8 +21,11 @@ from sdeblend import Blend, Correction, Evaluation, Preference
 from sdeblend.select import Selection, check_probabilities, member_scores, select_members
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.soups import SOUPS
-from stablediffusion.blending.denoiser import Denoiser, Pass
-from stablediffusion.blending.particles import Particles, after_guidance, same_problem
+from stablediffusion.blending.calls import Call
+from stablediffusion.blending.denoiser import Denoiser
+from stablediffusion.blending.guidance import after_guidance
+from stablediffusion.blending.particles import Particles
+from stablediffusion.blending.problems import inputs_of, pictures_of, same_problem
 from stablediffusion.pipelines.families import paints_over
 from stablediffusion.pipelines.schedulers import NoisyStep, noisy_move
 
@@ -35,10 +39,12 @@ class Run:
     Attributes:
         step: which one of the times it has come to, from 0.
         time: the scheduler's timestep there.
-        evaluations: of networks so far, one a member (or soup) and image.
+        evaluations: of networks so far, one a member (or soup), call and image.
+        images: B, once the scheduler has taken a step.
         serving: which member serves each image at each step, (n, B), for mode "ls".
-        evaluation: the last one, until the scheduler has taken its step.
-        prompts: embeddings of the last call, (G B, ...), if it had any.
+        coefficients: of the blend in this run, once it is used.
+        passes: since the scheduler's last step: the call, its evaluation, and what the pipeline got of it.
+        pictures: that the pipeline starts from or a ControlNet looks at.
         particles: the images' weights.
         reason: why there are none.
     """
@@ -46,9 +52,11 @@ class Run:
     step: int = -1
     time: float | None = None
     evaluations: int = 0
+    images: int | None = None
     serving: Tensor | None = None
-    evaluation: Evaluation | None = None
-    prompts: Any = None
+    coefficients: Tensor | None = None
+    passes: list[tuple[Call, Evaluation, Tensor]] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)
     particles: Particles | None = None
     reason: str | None = None
 
@@ -59,11 +67,12 @@ class Engine:
     Args:
         pipe: the pipeline.
         members: of the blend, for this pipeline; their switches must be borrowed as long as the engine runs.
-        denoiser: the pipeline's, with the members on it.
+        denoisers: the pipeline's, by component name, with the members on them.
         mode, correction, selection, seed: see ``stablediffusion.blend``.
 
     Attributes:
-        calls: denoiser calls that came through.
+        pipe: the pipeline that runs, or ran last: another one over the same networks may.
+        calls: calls that came through, of each denoiser.
         run: the last run.
         soup: what undoes the soup of the present preference.
     """
@@ -72,16 +81,17 @@ class Engine:
         self,
         pipe: Any,
         members: Members,
-        denoiser: Denoiser,
+        denoisers: Mapping[str, Denoiser],
         *,
         mode: Mode,
         correction: Correction | None,
         selection: Selection,
         seed: int,
     ) -> None:
-        self.pipe, self.members, self.denoiser = pipe, members, denoiser
+        self.pipe, self.members, self.denoisers = pipe, members, dict(denoisers)
         self.mode, self.correction, self.selection, self.seed = mode, correction, selection, seed
-        self.calls, self.run, self.soup = 0, Run(), ExitStack()
+        self.calls, self.run, self.soup = dict.fromkeys(denoisers, 0), Run(), ExitStack()
+        self._prepared: tuple[int, list[Tensor]] | None = None
         self._warned = False
 
     def restart(self) -> None:
@@ -109,29 +119,51 @@ class Engine:
         for switch in (self.members.switch, self.members.text_switch):
             self.soup.enter_context(SOUPS[self.mode](switch, named))
 
-    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate the blend in place of the denoiser."""
-        self.calls += 1
-        guides = getattr(self.pipe, "do_classifier_free_guidance", False)
-        this = self.denoiser.bind(args, kwargs, 2 if guides else 1)
-        x, run = this.sample, self.run
+    def forward(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the blend in place of the denoiser of this name."""
+        self.calls[name] += 1
+        denoiser, run, coefficients = self.denoisers[name], self.run, self.coefficients
+        this = denoiser.bind(args, kwargs)
+        images = self._images(this.call)
         if self.mode in SOUPS:
-            run.evaluations += len(x)
+            run.evaluations += images
             return original(*args, **kwargs)
-        t = self._advance(this)
+        if self.mode == "ls" or coefficients.ndim == 2:
+            this = denoiser.bind(args, kwargs, len(coefficients) if coefficients.ndim == 2 else images)
+        x, t = this.sample, self._advance(this.call.time)
         if self.mode == "ls":
-            value = member_scores(this, x, t, self._serving(len(x)).to(x.device))
-            run.evaluations += len(x)
-        else:
-            run.prompts = this.arguments.get("encoder_hidden_states")
-            run.evaluation = Blend(this, self.coefficients).evaluate(x, t)
-            value = run.evaluation.score
-            run.evaluations += len(run.evaluation.active) * len(x)
+            value = member_scores(this, x, t, self._serving(this.images).to(x.device))
+            run.evaluations += images
+            return this.output(value.to(denoiser.last.dtype))
+        evaluation = Blend(this, coefficients).evaluate(x, t)
+        value = evaluation.score.to(denoiser.last.dtype)
+        run.evaluations += len(evaluation.active) * images
+        if self.correction is not None:
+            if run.coefficients is not None and not torch.equal(run.coefficients, coefficients):
+                self._refuse("the preference changed during the run, so the blend's weights are those of no one target")
+            run.coefficients = coefficients
+            if run.reason is None:
+                run.passes.append((this.call, evaluation, value))
         return this.output(value)
 
-    def _advance(self, this: Pass) -> Tensor:
+    def _images(self, call: Call) -> int:
+        """Return how many images the rows of a call are of: of each one there are the branches of guidance.
+
+        Once the scheduler has taken a step, what it stepped has told. Before, it is what the pipeline prepared, or else
+        the period of the rows: the branches of an image have the same state.
+        """
+        prepared = None if self._prepared is None else self._prepared[0]
+        for known in (self.run.images, prepared):
+            if known and call.rows % known == 0:
+                return known
+        sample = call.sample
+        for count in range(1, call.rows):
+            if call.rows % count == 0 and torch.equal(sample[count:], sample[:-count]):
+                return count
+        return call.rows
+
+    def _advance(self, time: float) -> Tensor:
         """Return the pass's timestep; what is drawn a step is keyed on it, as Heun and guidance call more than once."""
-        time = this.time
         if time != self.run.time:
             self.run.step, self.run.time = self.run.step + 1, time
         return torch.tensor(time, dtype=torch.float64)
@@ -139,9 +171,7 @@ class Engine:
     def _serving(self, images: int) -> Tensor:
         """Return which member serves each image now, (B,); image i has its own draws."""
         run = self.run
-        if self.coefficients.ndim == 2 and len(self.coefficients) != images:
-            raise ValueError(f"weights for {len(self.coefficients)} images need a batch of as many, got {images}")
-        if run.serving is None:
+        if run.serving is None or run.serving.shape[1] != images:
             steps = len(torch.as_tensor(self.pipe.scheduler.timesteps).unique())
             generators = [torch.Generator().manual_seed(self.seed + 7919 * i) for i in range(images)]
             generator = generators[0] if self.selection == "shared" else generators
@@ -152,19 +182,37 @@ class Engine:
             )
         return run.serving[run.step]
 
+    def prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Prepare the latents of a run; their number is that of its images."""
+        arguments = inspect.signature(original).bind(*args, **kwargs).arguments
+        result = original(*args, **kwargs)
+        first = result if isinstance(result, Tensor) else next((v for v in result if isinstance(v, Tensor)), None)
+        self._prepared = None if first is None else (len(first), pictures_of(arguments))
+        return result
+
+    def look(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what a ControlNet looks at."""
+        given = inspect.signature(type(network).forward).bind(network, *args, **kwargs).arguments
+        seen = given.get("controlnet_cond")
+        if self.correction is not None and self.run.particles is None and seen is not None:
+            self.run.pictures += [seen] if isinstance(seen, Tensor) else list(seen)
+
     def step(
         self, original: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Take the scheduler's step and add its weights."""
-        evaluation, self.run.evaluation = self.run.evaluation, None
-        move = None if evaluation is None or self.correction is None else self._move(timestep, kwargs)
+        run, self.run.images = self.run, len(sample)
+        passes, run.passes = run.passes, []
+        known = self.correction is not None and run.reason is None and passes
+        move = self._move(timestep, kwargs) if known else None
         result = original(output, timestep, sample, *args, **kwargs)
-        if move is None or evaluation is None or not self._add(move, evaluation, output):
+        if move is None or not self._add(move, passes, output, sample):
             return result
         last = float(timestep) == float(self.pipe.scheduler.timesteps[-1])  # nothing follows that could use it
-        ancestors = None if last or self.run.particles is None else self.run.particles.resample()
+        ancestors = None if last or run.particles is None else run.particles.resample()
         if ancestors is None:
             return result
+        ancestors = ancestors.to(sample.device)
         if isinstance(result, tuple):
             return tuple(v[ancestors] if isinstance(v, Tensor) and len(v) == len(sample) else v for v in result)
         result.prev_sample = result.prev_sample[ancestors]
@@ -184,7 +232,9 @@ class Engine:
         if self.correction is not None and self.correction.mode == "resample":
             raise ValueError(f"correct='resample' needs the weights of every step, which do not exist: {why}")
 
-    def _add(self, move: NoisyStep, evaluation: Evaluation, output: Tensor) -> bool:
+    def _add(
+        self, move: NoisyStep, passes: list[tuple[Call, Evaluation, Tensor]], output: Tensor, sample: Tensor
+    ) -> bool:
         """Add the weights of one step; return whether they exist."""
         rescale = float(getattr(self.pipe, "guidance_rescale", 0.0) or 0.0)
         if rescale > 0 and not self._warned:
@@ -194,34 +244,34 @@ class Engine:
                 "guidance differ, and there is no certificate",
                 stacklevel=2,
             )
-        final = after_guidance(evaluation, float(getattr(self.pipe, "guidance_scale", 1.0)))
-        expected = final.score.to(output.dtype)
-        error = float((expected - output).double().norm() / output.double().norm().clamp_min(1e-30))
-        if error != error:
+        if not bool(output.isfinite().all()):
             raise FloatingPointError(
                 f"the blended prediction must be finite, got NaN or infinity at t = {move.time:g}; use float32, "
                 "or weights that extrapolate less"
             )
-        if not error < (1e-3 if output.dtype in (torch.float32, torch.float64) else 3e-2):
+        final = None if rescale > 0 else after_guidance([(e, value) for _, e, value in passes], output)
+        if final is None:
             self._refuse("the pipeline changed the prediction after guidance, by guidance_rescale or a rule of its own")
             return False
         if self.run.particles is None:
-            self.run.particles = self._particles(len(output), output.device)
+            self.run.particles = self._particles([call for call, *_ in passes], sample)
         self.run.particles.add(move, final)
         return True
 
-    def _particles(self, images: int, device: torch.device) -> Particles:
+    def _particles(self, calls: list[Call], sample: Tensor) -> Particles:
         """Return the images' weights at the start of a run, with draws of its own: runs do not depend on each other."""
         correction = self.correction
         assert correction is not None
         if correction.mode == "resample" and correction.generator is None:
             correction = replace(correction, generator=torch.Generator().manual_seed(self.seed))
-        groups = same_problem(self.run.prompts, self.coefficients, images).to(device)
+        pictures = [*self.run.pictures, *([] if self._prepared is None else self._prepared[1])]
+        groups = same_problem([*inputs_of(calls, sample), *pictures], self.coefficients, len(sample))
         return Particles(replace(correction, groups=groups), self.coefficients)
 
     def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encode the prompt once for the base and once for each member with a text-encoder LoRA."""
-        text_members, switch, embeddings = self.members.text_members, self.members.text_switch, self.denoiser.embeddings
+        text_members, switch = self.members.text_members, self.members.text_switch
+        embeddings = next(iter(self.denoisers.values())).embeddings
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         if given.get("prompt_embeds") is not None:
             raise ValueError(

@@ -40,11 +40,11 @@ class Knobs:
     @property
     def calls(self) -> int:
         """Denoiser calls that came through the blend."""
-        return self._engine.calls
+        return sum(self._engine.calls.values())
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of networks, one a member (or soup) and image, over all calls of the last run."""
+        """Evaluations of networks, one a member (or soup), call and image of the last run."""
         return self._engine.run.evaluations
 
     @property

@@ -16,6 +16,7 @@ Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algor
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -110,6 +111,7 @@ class PipelineScore(ScoreStack):
         network = denoiser_of(self.pipe)[1]
         self.members, self.names = members, members.names
         self._denoiser = Denoiser(network.forward, network, members, side_by_side=side_by_side)
+        self._state = "sample" if "sample" in inspect.signature(type(network).forward).parameters else "hidden_states"
 
     def __len__(self) -> int:
         return 1 + len(self.members)
@@ -127,9 +129,9 @@ class PipelineScore(ScoreStack):
         timestep = torch.full((rows,), value, dtype=torch.float32, device=x.device)
         # only the shape counts: the rows themselves come with x below
         placeholder = x.new_empty((1, *x.shape[1:]), dtype=self.dtype).expand(rows, *x.shape[1:])
-        arguments = {self._denoiser.sample_name: placeholder, "timestep": timestep, "return_dict": False}
+        arguments = {self._state: placeholder, "timestep": timestep, "return_dict": False}
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), self.members.switch.borrowed():
-            stack = self._denoiser.bind((), self._fixed | arguments, self.branches)
+            stack = self._denoiser.bind((), self._fixed | arguments, self.shape[0])
             stack = stack if self._index is None else stack.rows(self._index)
             branched = x.to(self.dtype).unsqueeze(1).expand(-1, self.branches, *x.shape[1:])
             out = guided(stack(branched, t, active).to(x.dtype), self.guidance_scale, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,11 +44,13 @@ def patched_forward(network: nn.Module, around: Callable[..., Any]) -> Iterator[
 
 
 @contextmanager
-def followed_scheduler(pipe: Any, begin: Callable[[], None], step: Callable[..., Any]) -> Iterator[Callable[[], None]]:
-    """Call ``begin`` before each run of a pipeline's scheduler, and ``step(original, ...)`` in place of each step.
+def followed_scheduler(
+    scheduler: Any, begin: Callable[[], None], step: Callable[..., Any]
+) -> Iterator[Callable[[Any], None]]:
+    """Call ``begin`` before each run of a scheduler, and ``step(original, ...)`` in place of each step.
 
     Yields:
-        what must be called now and then, to follow a scheduler that is exchanged inside the block.
+        what must be called now and then with the scheduler that is in use, to follow it to another one.
     """
     with ExitStack() as undo:
         followed: list[Any] = []
@@ -56,16 +59,28 @@ def followed_scheduler(pipe: Any, begin: Callable[[], None], step: Callable[...,
             begin()
             return original(*args, **kwargs)
 
-        def follow() -> None:
-            if followed == [] or followed[0] is not pipe.scheduler:
+        def follow(scheduler: Any) -> None:
+            if followed == [] or followed[0] is not scheduler:
                 undo.close()
-                followed[:] = [pipe.scheduler]
-                undo.enter_context(patched(pipe.scheduler, "set_timesteps", begun))
-                undo.enter_context(patched(pipe.scheduler, "step", step))
+                followed[:] = [scheduler]
+                undo.enter_context(patched(scheduler, "set_timesteps", begun))
+                undo.enter_context(patched(scheduler, "step", step))
                 begin()
 
-        follow()
+        follow(scheduler)
         yield follow
+
+
+def running_pipeline() -> Any | None:
+    """Return the diffusers pipeline in whose call this is, if any: several may share one denoiser."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            if hasattr(owner, "scheduler") and hasattr(owner, "components"):
+                return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def forward_name(network: nn.Module) -> str:
