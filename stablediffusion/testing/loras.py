@@ -14,11 +14,11 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 from stablediffusion.adapters.files import remove_adapter, save_lora
-from stablediffusion.pipelines.components import denoiser_of, text_encoders_of
+from stablediffusion.pipelines.components import denoisers_of, text_encoders_of
 from stablediffusion.testing.networks import seeded
 
 TARGETS = {
-    "denoiser": ("to_q", "to_k", "to_v", "to_out.0"),
+    "denoiser": ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
     "text-encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 
@@ -42,7 +42,7 @@ def tiny_lora(
         scale: standard deviation of the factor B relative to A (A has 1/sqrt(width)).
         rank: of the factors.
         alpha: the change is ``alpha / rank`` times B A; the rank by default.
-        target: "denoiser", or "text-encoder" (every CLIP encoder of the pipeline).
+        target: "denoiser" (every denoiser of the pipeline), or "text-encoder" (every CLIP encoder).
 
     Returns:
         the path.
@@ -55,7 +55,7 @@ def tiny_lora(
     adapter, alpha = "tiny", rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS[target]))
     encoders = [m for m in text_encoders_of(pipe).values() if type(m).__name__.startswith("CLIP")]
-    modules: list[Any] = [denoiser_of(pipe)[1]] if target == "denoiser" else encoders
+    modules: list[Any] = [*denoisers_of(pipe).values()] if target == "denoiser" else encoders
     with seeded(seed):
         for module in modules:
             module.add_adapter(config, adapter_name=adapter)

@@ -23,7 +23,17 @@ from stablediffusion.testing.text import T5_LENGTH
 
 IMAGE_SIZE = 2 * LATENT_SIZE
 # Options of calls that begin with an image; other calls may take one, and need none.
-_NEED_AN_IMAGE = ("strength", "mask_image", "controlnet_conditioning_scale")
+_NEED_AN_IMAGE = ("strength", "mask_image", "controlnet_conditioning_scale", "_auto_resize")
+_SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+# Sizes and prompts as they are: no size that a model prefers, no text around a prompt.
+_AS_GIVEN = {
+    "_auto_resize": False,
+    "use_resolution_binning": False,
+    "complex_human_instruction": None,
+    "system_prompt": "",
+    "prompt_template": {"template": "{}", "crop_start": 0},
+}
 _SUFFIX = dict(zip(TASKS, ("", "Img2Img", "Inpaint", "Inpaint", "ControlNet"), strict=True))
 
 
@@ -74,8 +84,14 @@ def tiny_pipeline(
             torch.nn.Module.to(part, dtype).eval().requires_grad_(False)
     parts["scheduler"] = tiny.scheduler() if scheduler is None else scheduler
     pipe = getattr(diffusers, f"{tiny.stem}{_SUFFIX[task]}Pipeline")(**parts, **tiny.extra)
+    if hasattr(pipe, "default_sample_size"):
+        pipe.default_sample_size = LATENT_SIZE
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _first(pipe: Any, names: tuple[str, ...]) -> int:
+    return next((int(getattr(pipe, name)) for name in names if hasattr(pipe, name)), 1)
 
 
 def tiny_image(seed: int = 0) -> Image.Image:
@@ -102,8 +118,9 @@ def tiny_call(pipe: Any, steps: int = 4) -> dict[str, Any]:
         keyword arguments: steps, size, image and mask as the pipeline's call takes them, ``output_type="np"``.
     """
     known = inspect.signature(pipe.__call__).parameters
-    given: dict[str, Any] = {"max_sequence_length": T5_LENGTH, "height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    given |= {"strength": 0.8, "mask_image": tiny_mask()}
+    side, frames = LATENT_SIZE * _first(pipe, _SPATIAL), 1 + _first(pipe, _TEMPORAL)
+    given: dict[str, Any] = {"height": side, "width": side, "num_frames": frames, "max_area": side**2}
+    given |= {"strength": 0.8, "mask_image": tiny_mask(), "max_sequence_length": T5_LENGTH} | _AS_GIVEN
     if any(name in known for name in _NEED_AN_IMAGE):
         given["image"] = tiny_image()
     call: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}

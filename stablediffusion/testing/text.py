@@ -27,11 +27,12 @@ T5_LENGTH = 16
 _SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _OPEN, _CLOSE = "<|im_start|>", "<|im_end|>"
-# What is said may be text, or a list of parts of which some are text.
+# Systems' long instructions are left out. What is said may be text, or a list of parts of which some are text.
 _CHAT = (
-    "{% for message in messages %}<|im_start|>{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>"
-    "{% endfor %}"
+    "{% for message in messages if message.role != 'system' %}<|im_start|>"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>{% endfor %}"
 )
 # Qwen-Image puts prompts into a text of its own and drops the 34 tokens before them: so many as these words make of it.
 _WORDS = (
@@ -116,15 +117,23 @@ def t5_encoder(width: int = 32) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def chat_tokenizer() -> Qwen2Tokenizer:
-    """Return a language model's tokenizer with a template of chats; most of its tokens are single characters."""
+def chat_tokenizer(opened: bool = False) -> Qwen2Tokenizer:
+    """Return a language model's tokenizer with a template of chats; most of its tokens are single characters.
+
+    Args:
+        opened: whether texts begin with a token for their beginning.
+    """
     # bytes in this kind of vocabulary: a space is \u0120, a new line \u010a
     tokens = [_EOS, _OPEN, _CLOSE, "\u0120", "\u010a", *string.ascii_uppercase, *_SYMBOLS]
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[], additional_special_tokens=[_OPEN, _CLOSE]
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        bos_token=_OPEN,
+        add_bos_token=opened,
+        additional_special_tokens=[_CLOSE],
     )
     bare, spaced = (words.split() for words in _WORDS)
-    tokenizer.add_tokens([*bare, *(f" {word}" for word in spaced)])
+    tokenizer.add_tokens(["<Prompt Start>", *bare, *(f" {word}" for word in spaced)])
     tokenizer.chat_template = _CHAT
     return tokenizer
 

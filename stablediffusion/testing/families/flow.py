@@ -1,16 +1,16 @@
 """Tiny transformers of flow models of images: two blocks of a kind, or one of each of two kinds.
 
 Families whose text encoder is a large language model have one of two layers in its place: pipelines read hidden states
-and nothing else of it. FLUX.2 reads three layers, the last of them the 27th, so it has that many.
+and nothing else of it. FLUX.2 reads three layers, the last of them the 27th or the 30th.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from stablediffusion.testing.families.tiny import (
@@ -22,6 +22,7 @@ from stablediffusion.testing.families.tiny import (
     clip,
     decoder,
     flow_autoencoder,
+    flow_sampler,
     lively,
     t5,
 )
@@ -60,9 +61,13 @@ def _flux_transformer(more: int) -> FluxTransformer2DModel:
     )
 
 
-def _flux2_transformer(more: int) -> nn.Module:
-    """Return the tiny FLUX.2 transformer on latents of 4 channels in patches of 2 x 2."""
-    return lively(
+def _flux2_transformer(guidance: bool) -> Callable[[int], nn.Module]:
+    """Return what makes the tiny FLUX.2 transformer on latents of 4 channels in patches of 2 x 2.
+
+    Args:
+        guidance: whether it is distilled, and takes the strength of guidance as an input.
+    """
+    return lambda more: lively(
         diffusers.Flux2Transformer2DModel(
             in_channels=16,
             num_layers=1,
@@ -72,7 +77,7 @@ def _flux2_transformer(more: int) -> nn.Module:
             joint_attention_dim=3 * TEXT_WIDTH,
             timestep_guidance_channels=16,
             axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
+            guidance_embeds=guidance,
         )
     )
 
@@ -138,26 +143,24 @@ def _z_image_transformer(more: int) -> nn.Module:
     return lively(network)
 
 
-def _shifted(shift: float) -> Any:
-    return lambda: FlowMatchEulerDiscreteScheduler(shift=shift)
-
-
-def _dynamic() -> FlowMatchEulerDiscreteScheduler:
-    """Return a sampler whose shift depends on the size of the image."""
-    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-
+# a shift that depends on the size of the image
+_dynamic = flow_sampler(shift=3.0, use_dynamic_shifting=True)
 
 FAMILIES = {
     "sd3": Tiny(
         "StableDiffusion3",
         lambda: clip(projection=16) | clip("_2", projection=16) | t5("_3"),
         _sd3_transformer,
-        _shifted(3.0),
+        flow_sampler(shift=3.0),
         lambda: flow_autoencoder(latent_channels=16),
         FLOW_TASKS,
     ),
     "flux": Tiny("Flux", lambda: clip() | t5("_2"), _flux_transformer, tasks=FLOW_TASKS),
-    "flux2-klein": Tiny("Flux2Klein", lambda: decoder(layers=28), _flux2_transformer, _dynamic, _flux2_autoencoder),
+    "flux-kontext": Tiny("FluxKontext", lambda: clip() | t5("_2"), _flux_transformer, _dynamic),
+    "flux2": Tiny("Flux2", lambda: decoder(layers=31), _flux2_transformer(True), _dynamic, _flux2_autoencoder),
+    "flux2-klein": Tiny(
+        "Flux2Klein", lambda: decoder(layers=28), _flux2_transformer(False), _dynamic, _flux2_autoencoder
+    ),
     "qwen-image": Tiny("QwenImage", decoder, _qwen_transformer, _dynamic, _qwen_autoencoder),
-    "z-image": Tiny("ZImage", decoder, _z_image_transformer, _shifted(3.0)),
+    "z-image": Tiny("ZImage", decoder, _z_image_transformer, flow_sampler(shift=3.0)),
 }

@@ -19,16 +19,21 @@ FLOW_TASKS = ("text2img", "img2img", "inpaint")
 TASKS = (*FLOW_TASKS, "inpaint9", "controlnet")
 
 
-def autoencoder(**options: Any) -> AutoencoderKL:
-    """Return the tiny autoencoder, 4 channels by default: latents at half the image size."""
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+def autoencoder(levels: int = 2, **options: Any) -> AutoencoderKL:
+    """Return the tiny autoencoder, 4 channels by default: latents at 2^(1 - levels) of the image size."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    sizes = {"block_out_channels": (8,) * levels, "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
     return AutoencoderKL(sample_size=2 * LATENT_SIZE, **blocks, **(sizes | options))
 
 
 def flow_autoencoder(**options: Any) -> AutoencoderKL:
     """Return the tiny autoencoder with a shift, as flow models have it."""
     return autoencoder(shift_factor=0.06, scaling_factor=1.5, **options)
+
+
+def flow_sampler(**options: Any) -> Callable[[], FlowMatchEulerDiscreteScheduler]:
+    """Return what makes the usual sampler of flow models; by default its grid is not shifted."""
+    return lambda: FlowMatchEulerDiscreteScheduler(**options)
 
 
 def lively(network: nn.Module) -> nn.Module:
@@ -78,6 +83,13 @@ def t5(place: str = "") -> dict[str, Any]:
     return {f"tokenizer{place}": text.t5_tokenizer(), f"text_encoder{place}": text.t5_encoder()}
 
 
-def decoder(place: str = "", layers: int = 2) -> dict[str, Any]:
-    """Return the tokenizer and the network of a language model for a place."""
-    return {f"tokenizer{place}": text.chat_tokenizer(), f"text_encoder{place}": text.decoder(TEXT_WIDTH, layers)}
+def decoder(place: str = "", layers: int = 2, opened: bool = False) -> dict[str, Any]:
+    """Return the tokenizer and the network of a language model for a place.
+
+    Args:
+        place: "", "_2", ...
+        layers: of the network.
+        opened: whether every text begins with a token for its beginning, so that none is empty.
+    """
+    tokenizer = text.chat_tokenizer(opened=opened)
+    return {f"tokenizer{place}": tokenizer, f"text_encoder{place}": text.decoder(TEXT_WIDTH, layers)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from stablediffusion.testing.families.tiny import LATENT_SIZE, TEXT_WIDTH, Tiny, clip
+from stablediffusion.testing.families.tiny import LATENT_SIZE, TASKS, TEXT_WIDTH, Tiny, autoencoder, clip
 
 
 def _unet(**options: Any) -> Callable[[int], UNet2DConditionModel]:
@@ -41,28 +42,40 @@ def _ddim(prediction: str = "epsilon") -> DDIMScheduler:
 _WIDE = {"attention_head_dim": (2, 4), "use_linear_projection": True}
 _SD_EXTRA = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
+_SD15 = Tiny("StableDiffusion", clip, _unet(), _ddim, autoencoder, TASKS, extra=_SD_EXTRA)
+_SDXL = Tiny(
+    "StableDiffusionXL",
+    lambda: clip() | clip("_2", projection=TEXT_WIDTH),
+    _unet(
+        **_WIDE,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 2),
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
+        cross_attention_dim=2 * TEXT_WIDTH,
+    ),
+    _ddim,
+    autoencoder,
+    TASKS,
+    # the watermarker needs a package of its own and would change the pixels
+    extra={"add_watermarker": False},
+)
+
+
+def _perturbed(tiny: Tiny) -> Tiny:
+    """Return the family's pipeline with perturbed attention: a third row an image."""
+    return replace(tiny, stem=f"{tiny.stem}PAG", tasks=("text2img",))
+
+
 FAMILIES = {
-    "sd15": Tiny("StableDiffusion", clip, _unet(), _ddim, extra=_SD_EXTRA),
-    "sd21": Tiny(
-        "StableDiffusion",
-        lambda: clip(activation="gelu"),
-        _unet(**_WIDE),
-        lambda: _ddim("v_prediction"),
-        extra=_SD_EXTRA,
+    "sd15": _SD15,
+    "sd21": replace(
+        _SD15,
+        text=lambda: clip(activation="gelu"),
+        denoiser=_unet(**_WIDE),
+        scheduler=lambda: _ddim("v_prediction"),
     ),
-    "sdxl": Tiny(
-        "StableDiffusionXL",
-        lambda: clip() | clip("_2", projection=16),
-        _unet(
-            **_WIDE,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            transformer_layers_per_block=(1, 2),
-            projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 8,
-            cross_attention_dim=2 * TEXT_WIDTH,
-        ),
-        _ddim,
-        # the watermarker needs a package of its own and would change the pixels
-        extra={"add_watermarker": False},
-    ),
+    "sdxl": _SDXL,
+    "sd15-pag": _perturbed(_SD15),
+    "sdxl-pag": _perturbed(_SDXL),
 }
