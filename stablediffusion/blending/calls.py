@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 _TIMES = ("timestep", "timesteps", "t", "time")
 _STATES = ("sample", "hidden_states", "x", "latents")
@@ -151,28 +152,23 @@ class Call:
         named = {name: together(name, [call.named[name] for call in calls]) for name in first.named}
         return Call(positional, named, first.state)
 
-    def batched(self) -> dict[str, Tensor]:
-        """Return every tensor with an entry a row (R, ...), by where it is, the state left out."""
-        found: dict[str, Tensor] = {}
+    def batched(self) -> list[tuple[str, Tensor]]:
+        """Return every tensor with an entry a row (R, ...) and the argument that it is of, the state left out."""
+        found: list[tuple[str, Tensor]] = []
+        arguments = [*((str(k), v) for k, v in enumerate(self.positional) if k != self.state)]
+        arguments += [(name, value) for name, value in self.named.items() if name != self.state]
+        for argument, value in arguments:
 
-        def collect(name: str, value: Any) -> None:
-            def tensors(v: list[Tensor]) -> Tensor:
-                found[name + str(len(found))] = v[0]
-                return v[0]
+            def tensors(values: list[Tensor], argument: str = argument) -> Tensor:
+                found.append((argument, values[0]))
+                return values[0]
 
-            def lists(v: list[Any]) -> Any:
-                if all(isinstance(item, Tensor) for item in v[0]):
-                    found[name + str(len(found))] = torch.nested.nested_tensor(list(v[0])).to_padded_tensor(0.0)
-                return v[0]
+            def lists(values: list[Any], argument: str = argument) -> list[Any]:
+                if all(isinstance(item, Tensor) for item in values[0]):
+                    found.append((argument, pad_sequence(list(values[0]), batch_first=True)))
+                return list(values[0])
 
-            _regroup(name, [value], self.rows, self.listed, tensors, lists)
-
-        for k, value in enumerate(self.positional):
-            if k != self.state:
-                collect(f"{k}.", value)
-        for name, value in self.named.items():
-            if name != self.state:
-                collect(f"{name}.", value)
+            _regroup(argument, [value], self.rows, self.listed, tensors, lists)
         return found
 
     def of(self, forward: Callable[..., Any]) -> Any:

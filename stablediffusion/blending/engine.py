@@ -88,10 +88,11 @@ class Engine:
         selection: Selection,
         seed: int,
     ) -> None:
-        self.pipe, self.members, self.denoisers = pipe, members, dict(denoisers)
+        self.pipe = self._attached = pipe
+        self.members, self.denoisers = members, dict(denoisers)
         self.mode, self.correction, self.selection, self.seed = mode, correction, selection, seed
         self.calls, self.run, self.soup = dict.fromkeys(denoisers, 0), Run(), ExitStack()
-        self._prepared: tuple[int, list[Tensor]] | None = None
+        self._prepared: tuple[int, list[Tensor]] = (0, [])
         self._warned = False
 
     def restart(self) -> None:
@@ -152,8 +153,7 @@ class Engine:
         Once the scheduler has taken a step, what it stepped has told. Before, it is what the pipeline prepared, or else
         the period of the rows: the branches of an image have the same state.
         """
-        prepared = None if self._prepared is None else self._prepared[0]
-        for known in (self.run.images, prepared):
+        for known in (self.run.images, self._preparation[0]):
             if known and call.rows % known == 0:
                 return known
         sample = call.sample
@@ -187,8 +187,13 @@ class Engine:
         arguments = inspect.signature(original).bind(*args, **kwargs).arguments
         result = original(*args, **kwargs)
         first = result if isinstance(result, Tensor) else next((v for v in result if isinstance(v, Tensor)), None)
-        self._prepared = None if first is None else (len(first), pictures_of(arguments))
+        self._prepared = (0 if first is None else len(first), pictures_of(arguments))
         return result
+
+    @property
+    def _preparation(self) -> tuple[int, list[Tensor]]:
+        """The number of latents that the running pipeline prepared, 0 if unknown, and the pictures they are of."""
+        return self._prepared if self.pipe is self._attached else (0, [])
 
     def look(self, network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what a ControlNet looks at."""
@@ -197,15 +202,19 @@ class Engine:
         if self.correction is not None and self.run.particles is None and seen is not None:
             self.run.pictures += [seen] if isinstance(seen, Tensor) else list(seen)
 
-    def step(
-        self, original: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Take the scheduler's step and add its weights."""
-        run, self.run.images = self.run, len(sample)
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        output, timestep, sample = (given.get(name) for name in ("model_output", "timestep", "sample"))
+        run = self.run
         passes, run.passes = run.passes, []
+        if not isinstance(output, Tensor) or not isinstance(sample, Tensor) or timestep is None:
+            self._refuse(f"{type(self.pipe.scheduler).__name__} steps other things than a state by a prediction")
+            return original(*args, **kwargs)
+        run.images = len(sample)
         known = self.correction is not None and run.reason is None and passes
-        move = self._move(timestep, kwargs) if known else None
-        result = original(output, timestep, sample, *args, **kwargs)
+        move = self._move(float(timestep), given.get("eta")) if known else None
+        result = original(*args, **kwargs)
         if move is None or not self._add(move, passes, output, sample):
             return result
         last = float(timestep) == float(self.pipe.scheduler.timesteps[-1])  # nothing follows that could use it
@@ -218,8 +227,8 @@ class Engine:
         result.prev_sample = result.prev_sample[ancestors]
         return result
 
-    def _move(self, timestep: Any, kwargs: dict[str, Any]) -> NoisyStep | None:
-        move = noisy_move(self.pipe.scheduler, float(timestep), kwargs.get("eta"))
+    def _move(self, timestep: float, eta: float | None) -> NoisyStep | None:
+        move = noisy_move(self.pipe.scheduler, timestep, eta)
         if paints_over(self.pipe):
             move = "inpainting with 4 channels replaces part of the image after each step"
         if isinstance(move, str):
@@ -264,8 +273,8 @@ class Engine:
         assert correction is not None
         if correction.mode == "resample" and correction.generator is None:
             correction = replace(correction, generator=torch.Generator().manual_seed(self.seed))
-        pictures = [*self.run.pictures, *([] if self._prepared is None else self._prepared[1])]
-        groups = same_problem([*inputs_of(calls, sample), *pictures], self.coefficients, len(sample))
+        inputs = [*inputs_of(calls, sample), *self.run.pictures, *self._preparation[1]]
+        groups = same_problem(inputs, self.coefficients, len(sample))
         return Particles(replace(correction, groups=groups), self.coefficients)
 
     def encode(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,7 @@ def inputs_of(calls: Iterable[Call], state: Tensor) -> list[Tensor]:
     """
     found: list[Tensor] = []
     for call in calls:
-        found += [value for name, value in call.batched().items() if not name.startswith(_OF_THE_STATE)]
+        found += [value for name, value in call.batched() if not name.startswith(_OF_THE_STATE)]
         sample = call.sample
         if sample.ndim == state.ndim:
             for dim, length in enumerate(state.shape[1:], start=1):
