@@ -87,7 +87,7 @@ def blend(
         raise ValueError(f"the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     networks = denoisers_of(pipe)
     for name, network in networks.items():
-        _check_free(name, network)
+        check_free(name, network)
     members = members.on(pipe)
     correction = _checked(correct, mode, pipe)
     if batched is None:
@@ -142,7 +142,7 @@ def _attached(pipe: Any, networks: Mapping[str, nn.Module], engine: Engine) -> I
         yield
 
 
-def _check_free(name: str, network: nn.Module) -> None:
+def check_free(name: str, network: nn.Module) -> None:
     """Raise unless a denoiser can carry a blend."""
     if _MARK in network.__dict__:
         raise ValueError(

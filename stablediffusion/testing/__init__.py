@@ -6,11 +6,13 @@ Every builder is deterministic in its ``seed`` and leaves the global random stat
 from stablediffusion.testing.families import FAMILIES
 from stablediffusion.testing.families.tiny import TASKS
 from stablediffusion.testing.loras import tiny_lora
+from stablediffusion.testing.modular import MODULAR, tiny_modular, tiny_modular_call
 from stablediffusion.testing.networks import mid_size_unet, sd15_size_unet
 from stablediffusion.testing.pipelines import tiny_call, tiny_image, tiny_mask, tiny_pipeline
 
 __all__ = [
     "FAMILIES",
+    "MODULAR",
     "TASKS",
     "mid_size_unet",
     "sd15_size_unet",
@@ -18,5 +20,7 @@ __all__ = [
     "tiny_image",
     "tiny_lora",
     "tiny_mask",
+    "tiny_modular",
+    "tiny_modular_call",
     "tiny_pipeline",
 ]
