@@ -29,7 +29,7 @@ class SideBySide:
     def __init__(self, switch: AdapterSwitch) -> None:
         check_plain(switch.layers, switch.members)
         self.switch = switch
-        self._stacked: dict[tuple[int, tuple[str | None, ...]], tuple[Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[int, tuple[str | None, ...]], tuple[list[int], Tensor, Tensor]] = {}
 
     @contextmanager
     def parts(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -79,9 +79,12 @@ class SideBySide:
 
     def _factors(self, position: int, layer: Any, names: tuple[str | None, ...]) -> tuple[Tensor, Tensor]:
         """Return (K, in, r) and (K, r, out) without their scales, zero for the base and padded to the largest rank."""
+        weights = [part[n].weight for n in names if n in layer.lora_A for part in (layer.lora_A, layer.lora_B)]
+        # another file may be loaded in place of an adapter's
+        state = [0 if w.is_inference() else w._version for w in weights]
         key = (position, names)
-        if key not in self._stacked:
-            some = next(layer.lora_A[n].weight for n in names if n in layer.lora_A)
+        if key not in self._stacked or self._stacked[key][0] != state:
+            some = weights[0]
             rank = max(layer.r[n] for n in names if n in layer.lora_A)
             base = layer.get_base_layer()
             down = some.new_zeros(len(names), base.in_features, rank)
@@ -91,5 +94,5 @@ class SideBySide:
                     if name in layer.lora_A:
                         down[k, :, : layer.r[name]] = layer.lora_A[name].weight.T
                         up[k, : layer.r[name]] = layer.lora_B[name].weight.T
-            self._stacked[key] = down, up
-        return self._stacked[key]
+            self._stacked[key] = state, down, up
+        return self._stacked[key][1:]

@@ -78,8 +78,6 @@ class AdapterSwitch:
         if background != self._background:
             self._background, self._lists = background, {}
         try:
-            for layer in self.layers:
-                layer.__dict__[_DISABLED] = False
             self.use()
             yield self
         finally:
@@ -98,6 +96,7 @@ class AdapterSwitch:
         for layer, value in zip(self.layers, lists, strict=True):
             # past nn.Module.__setattr__, which would cost more than the whole switch
             layer.__dict__[ACTIVE] = value
+            layer.__dict__[_DISABLED] = False
 
     def background_of(self, layer: BaseTunerLayer) -> list[str]:
         """Return the adapters that stay active in a layer whatever is chosen."""

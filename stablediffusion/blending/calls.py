@@ -6,7 +6,9 @@ nothing here knows a family. What cannot be read is refused in one sentence.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,11 +51,7 @@ class Call:
         Raises:
             ValueError: no state, or one that is neither a tensor nor a list with a tensor a row.
         """
-        names: list[str] = []
-        for parameter in list(inspect.signature(forward).parameters.values())[1:]:
-            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-                break
-            names.append(parameter.name)
+        names = _names(forward)
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
         positional = tuple(args[len(names) :])
         if args:
@@ -221,6 +219,14 @@ class Output:
             return (sample, *others) if isinstance(given, tuple) else type(given)(sample=sample)
 
         return cls(_single(torch.stack(list(first)) if listed else first), parts[0].dtype, like)
+
+
+@functools.lru_cache(maxsize=64)
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that may be given by position, without ``self``."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    named = itertools.takewhile(lambda parameter: parameter.kind is parameter.POSITIONAL_OR_KEYWORD, parameters)
+    return [parameter.name for parameter in named]
 
 
 def _single(value: Tensor) -> Tensor:

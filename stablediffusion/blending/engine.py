@@ -21,11 +21,13 @@ from sdeblend import Blend, Correction, Evaluation, Preference
 from sdeblend.select import Selection, check_probabilities, member_scores, select_members
 from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.soups import SOUPS
+from stablediffusion.adapters.switch import check_unfused
 from stablediffusion.blending.calls import Call
 from stablediffusion.blending.denoiser import Denoiser
 from stablediffusion.blending.guidance import after_guidance
 from stablediffusion.blending.particles import Particles
 from stablediffusion.blending.problems import inputs_of, pictures_of, same_problem
+from stablediffusion.pipelines.components import lora_components
 from stablediffusion.pipelines.families import paints_over
 from stablediffusion.pipelines.schedulers import NoisyStep, noisy_move
 
@@ -93,10 +95,23 @@ class Engine:
         self.mode, self.correction, self.selection, self.seed = mode, correction, selection, seed
         self.calls, self.run, self.soup = dict.fromkeys(denoisers, 0), Run(), ExitStack()
         self._prepared: tuple[int, list[Tensor]] = (0, [])
+        self._loaded = _adapters(lora_components(pipe))
         self._warned = False
 
     def restart(self) -> None:
-        """Begin a run of the pipeline: forget weights, selection and step count."""
+        """Begin a run of the pipeline: forget weights, selection and step count.
+
+        Raises:
+            ValueError: networks that are no longer as they were when the blend was attached.
+        """
+        components = lora_components(self._attached)
+        check_unfused(self._attached, components.values())
+        loaded = _adapters(components)
+        if loaded != self._loaded:
+            raise ValueError(
+                f"a blend needs the adapters that were there when it was attached, {_listed(self._loaded)}, got "
+                f"{_listed(loaded)}; load adapters before the 'with' block"
+            )
         self.run = Run()
 
     def weigh(self, preference: Preference) -> None:
@@ -299,3 +314,12 @@ class Engine:
         finally:
             switch.use()
         return base
+
+
+def _adapters(components: Mapping[str, Any]) -> set[str]:
+    """Return the adapters of some networks."""
+    return {adapter for module in components.values() for adapter in getattr(module, "peft_config", {})}
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

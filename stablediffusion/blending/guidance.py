@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdeblend.blend import Evaluation, combine
 
-_FITTED = 1 << 16  # numbers of a prediction that a fit looks at; the residual is of all
+_FITTED = 1 << 13  # numbers of a prediction that a fit looks at; the residual is of all
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -135,6 +135,30 @@ def test_side_by_side_falls_back_where_rows_are_tied(tmp_path):
             assert far(images(pipe, guidance_scale=guidance, pag_scale=3.0), expected) < 1e-6
 
 
+def test_networks_that_change_inside_the_block_are_told(tmp_path):
+    pipe, members = make(tmp_path)
+    style = tiny_lora(tiny_pipeline("sd15"), tmp_path / "style.safetensors", seed=9)
+
+    def told(message, change, undo):
+        with pytest.raises(ValueError, match=message), blend(pipe, members, HALVES):
+            images(pipe)
+            change()
+            images(pipe)
+        undo()
+
+    told(
+        "adapters that were there when it was attached, a, b, got a, b, style",
+        lambda: load_members(pipe, {"style": style}),
+        lambda: pipe.delete_adapters("style"),
+    )
+    told("unfuse_lora", lambda: pipe.fuse_lora(adapter_names=["a"]), pipe.unfuse_lora)
+    with blend(pipe, members, HALVES) as knobs:
+        expected = images(pipe)
+        pipe.disable_lora()
+        assert torch.equal(images(pipe), expected)  # the blend says which adapters are active
+        assert knobs.calls == 6
+
+
 def test_a_preference_changed_during_a_run_has_no_certificate(tmp_path):
     pipe, members = make(tmp_path)
 
