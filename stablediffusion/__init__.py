@@ -15,11 +15,13 @@ from stablediffusion.blending.guider import BlendGuidance
 from stablediffusion.blending.knobs import Knobs
 from stablediffusion.blending.latents import PipelineScore, pipeline_score
 from stablediffusion.blending.particles import EffectiveSamples
+from stablediffusion.pipelines.flow_ancestral import FlowAncestral
 from stablediffusion.pipelines.schedulers import schedule_of, scheduler_grid
 
 __all__ = [
     "BlendGuidance",
     "EffectiveSamples",
+    "FlowAncestral",
     "Knobs",
     "Member",
     "Members",

@@ -40,7 +40,7 @@ def schedule_of(pipe: Any) -> tuple[NoiseSchedule, Parametrisation]:
         ValueError: a scheduler of neither kind.
     """
     scheduler = pipe.scheduler
-    flow = scheduler.config.get("use_flow_sigmas") or type(scheduler).__name__.startswith("FlowMatch")
+    flow = is_flow(scheduler)
     table = None if flow else getattr(scheduler, "alphas_cumprod", None)
     if table is not None:
         prediction = scheduler.config.get("prediction_type", "epsilon")
@@ -52,6 +52,14 @@ def schedule_of(pipe: Any) -> tuple[NoiseSchedule, Parametrisation]:
     raise ValueError(
         f"the scheduler must have alphas_cumprod or be a FlowMatch one, got {type(scheduler).__name__}; "
         "set pipe.scheduler to the one the model was trained with"
+    )
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler's sigmas are those of a flow: a FlowMatch one, or one with ``use_flow_sigmas``."""
+    names = {kind.__name__ for kind in type(scheduler).__mro__}
+    return any(n.startswith(("FlowMatch", "LTXEulerAncestralRF")) for n in names) or bool(
+        setting(scheduler, "use_flow_sigmas")
     )
 
 

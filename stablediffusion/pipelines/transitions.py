@@ -134,6 +134,17 @@ def _flow_refusal(scheduler: Any) -> str | None:
     return "it takes no noise; set FlowAncestral.from_config(pipe.scheduler.config), or stochastic_sampling=True"
 
 
+def _flow_ancestral(scheduler: Any, timestep: float, eta: float | None) -> Transition:
+    index = position(scheduler, timestep)
+    start, end = scheduler.sigmas[index], scheduler.sigmas[index + 1]
+    _, slope, noise = scheduler.coefficients(index)
+    return Transition(float(start), slope, noise, float(end) == 0)
+
+
+def _flow_ancestral_refusal(scheduler: Any) -> str | None:
+    return None if scheduler.config.eta > 0 else "it takes no noise with eta = 0; set eta=1"
+
+
 def _flow_lcm_refusal(scheduler: Any) -> str | None:
     return "it scales its prediction up between steps" if scheduler._scale_factors else None
 
@@ -251,6 +262,7 @@ RULES: dict[str, Rule] = {
     "EulerAncestralDiscreteScheduler": Rule(_euler_ancestral, clips=False),
     "FlowMatchEulerDiscreteScheduler": Rule(_flow_renoising, _flow_refusal, clips=False),
     "FlowMatchLCMScheduler": Rule(_flow_renoising, _flow_lcm_refusal, clips=False),
+    "FlowAncestral": Rule(_flow_ancestral, _flow_ancestral_refusal, clips=False),
     "LTXEulerAncestralRFScheduler": Rule(_ltx_ancestral, clips=False),
     "LCMScheduler": Rule(_lcm),
     "TCDScheduler": Rule(_tcd, clips=False),

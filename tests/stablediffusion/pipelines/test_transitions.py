@@ -9,6 +9,7 @@ import diffusers as d
 import pytest
 import torch
 
+from stablediffusion import FlowAncestral
 from stablediffusion.pipelines.schedulers import SUPPORTED, NoisyStep, check_resampling, noisy_move
 
 ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -35,6 +36,8 @@ CASES = [
         for kind in ("karras", "exponential", "beta")
     ),
     (d.FlowMatchLCMScheduler, {"shift": 3.0}, None, {}),
+    *((FlowAncestral, {"eta": eta, "shift": 3.0}, None, {}) for eta in (1.0, 0.5)),
+    (FlowAncestral, SHIFTED, None, {"mu": 0.8}),
     (d.LTXEulerAncestralRFScheduler, {"eta": 0.7, "s_noise": 0.9}, None, {}),
     *((d.LCMScheduler, kind, None, {}) for kind in (EPS, V, X0, V | {"rescale_betas_zero_snr": True})),
     *((d.TCDScheduler, kind, eta, {}) for kind in (EPS, V, X0) for eta in (None, 0.6, 1.0)),
@@ -127,6 +130,7 @@ REFUSED = [
     (d.LCMScheduler, {"rescale_betas_zero_snr": True}, None, "no signal is left"),
     (d.TCDScheduler, {}, 0.0, "eta=1"),
     (d.FlowMatchEulerDiscreteScheduler, {}, None, "FlowAncestral"),
+    (FlowAncestral, {"eta": 0.0}, None, "set eta=1"),
     (d.FlowMatchLCMScheduler, {"scale_factors": [0.5] * 4, "upscale_mode": "nearest"}, None, "scales"),
     (d.LTXEulerAncestralRFScheduler, {"eta": 0.0}, None, "takes no noise"),
     (d.CMStochasticIterativeScheduler, {}, None, "clips"),
