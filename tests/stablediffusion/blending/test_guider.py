@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -69,9 +69,13 @@ def run(pipe, guider, images=1, **options):
 
 
 def mean(parts, coefficients):
+    """Average tensors, or such in a list (one an image) or a tuple; coefficients are numbers, or (B,) one an image."""
     if isinstance(parts[0], torch.Tensor):
-        return sum(c * part.double() for c, part in zip(coefficients, parts, strict=True)).to(parts[0].dtype)
-    return type(parts[0])(mean(one, coefficients) for one in zip(*parts, strict=True))
+        shaped = [torch.as_tensor(c).reshape(-1, *[1] * (parts[0].ndim - 1)) for c in coefficients]
+        return sum(c * part.double() for c, part in zip(shaped, parts, strict=True)).to(parts[0].dtype)
+    images = isinstance(parts[0], list) and any(isinstance(c, torch.Tensor) for c in coefficients)
+    each = zip(*coefficients, strict=True) if images else [tuple(coefficients)] * len(parts[0])
+    return type(parts[0])(mean(one, c) for one, c in zip(zip(*parts, strict=True), each, strict=True))
 
 
 @contextmanager
@@ -146,6 +150,22 @@ def test_the_attached_blend_has_the_same_numbers(family, pipes):
     with blend(pipe, members, preference, correct=None):
         want = run(pipe, cfg(), 2)
     assert error(run(pipe, BlendGuidance(cfg(), preference), 2), want) < 1e-6
+
+
+@pytest.mark.parametrize("family", MODULAR)
+def test_one_member_a_step(family, pipes):
+    """The attached blend's, as a guider has none."""
+    pipe, members = pipes(family)
+    with blend(pipe, members, {"a": 0.5, "b": 0.2}, mode="ls", selection="independent", seed=2) as knobs:
+        got, serving = run(pipe, cfg(), 2), cast(Any, knobs)._engine.run.serving
+    assert (serving[0] != serving[1]).any() and (serving[:, 0] != serving[:, 1]).any()
+
+    def rule(calls):
+        return {name: (serving[calls // 2] == k).double() for k, name in enumerate((None, "a", "b"))}
+
+    with averaged(pipe, rule) as calls:
+        assert error(got, run(pipe, cfg(), 2)) < 1e-5
+    assert len(calls) == 2 * STEPS
 
 
 def test_preferences_over_a_run_and_what_is_evaluated(sdxl, tmp_path):
