@@ -10,7 +10,7 @@ Source: Cheng et al., Diffusion Blend, arXiv 2505.18547.
 from sdeblend.blend import Blend, Evaluation
 from sdeblend.brownian import BrownianNoise
 from sdeblend.certificate import Certificate, effective_sample_size
-from sdeblend.correct import Correction, systematic_resample
+from sdeblend.correction import Correction, systematic_resample
 from sdeblend.corrector import Corrector, place_moves
 from sdeblend.grid import time_grid
 from sdeblend.noise import BatchNoise, PerSampleNoise, ReplayNoise

@@ -23,98 +23,20 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sdeblend.blend import Blend, Evaluation, combine, spread
-from sdeblend.certificate import Certificate, certify, effective_sample_size, log_mean_exp
+from sdeblend.certificate import Certificate, Mark, certify, effective_sample_size, last_mark, log_mean_exp
+from sdeblend.correction import Correction, CorrectionMode, systematic_resample
 from sdeblend.noise import Noise, generator_beside
 from sdeblend.steps import Move, Step
 
-CorrectionMode = Literal["certify", "resample"]
-
-
-@dataclass(frozen=True)
-class Correction:
-    """How the weights of a run are used.
-
-    Args:
-        mode: "certify" keeps them and leaves the samples alone; "resample" corrects on the way.
-        threshold: resample a group when its effective sample size falls below this fraction, within (0, 1].
-        tempering: exponent of the weights that steer resampling, within (0, 1]; below 1 the correction is partial.
-        active: (low, high), times between which weights steer resampling; others are left out. None: all.
-        generator: draws the ancestors and nothing else; needed to resample.
-        groups: which samples are particles of one problem, long (B,); None: all.
-
-    Raises:
-        ValueError: a value outside its range.
-    """
-
-    mode: CorrectionMode = "certify"
-    threshold: float = 0.5
-    tempering: float = 1.0
-    active: tuple[float, float] | None = None
-    generator: torch.Generator | None = None
-    groups: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(CorrectionMode):
-            raise ValueError(f"a correction must be one of {', '.join(get_args(CorrectionMode))}, got {self.mode!r}")
-        for name in ("threshold", "tempering"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise ValueError(f"the {name} of a correction must lie within (0, 1], got {value}; 1 is the full one")
-        if self.active is not None and not 0 <= self.active[0] < self.active[1]:
-            raise ValueError(f"the active interval must be (low, high) with 0 <= low < high, got {self.active}")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the weights that steer are the full ones."""
-        return self.tempering == 1 and self.active is None
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader of the result must know: one sentence for each way in which the correction is partial."""
-        notes = []
-        if self.mode == "resample" and self.tempering != 1:
-            notes.append(f"the weights were tempered by {self.tempering:g}: the correction is partial")
-        if self.mode == "resample" and self.active is not None:
-            low, high = self.active
-            notes.append(f"weights steered only for t in [{low:g}, {high:g}]: the correction is partial")
-        return tuple(notes)
-
-    def steers_at(self, t: float) -> bool:
-        """Return whether weights gathered at time t steer resampling."""
-        return self.active is None or self.active[0] <= t <= self.active[1]
-
-
-def systematic_resample(log_weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw ancestors with one uniform number: sample i has floor or ceil of B W_i / sum W descendants.
-
-    Args:
-        log_weights: (B,).
-        generator: on the CPU.
-
-    Returns:
-        ancestors, long (B,), sorted.
-
-    Raises:
-        ValueError: weights that are NaN or all zero.
-
-    Source: Kitagawa 1996; Douc, Cappe and Moulines 2005.
-    """
-    log = log_weights.detach().double().cpu()
-    if bool(log.isnan().any()) or not bool((log > -math.inf).any()):
-        raise ValueError("resampling needs weights that are numbers and not all zero; use fewer or closer members")
-    edges = log.softmax(0).cumsum(0)
-    edges[-1] = 1.0
-    count = len(log)
-    offset = torch.rand(1, generator=generator, dtype=torch.float64)
-    points = (torch.arange(count, dtype=torch.float64) + offset) / count
-    return torch.searchsorted(edges, points).clamp(max=count - 1).to(log_weights.device)
+# Weights of earlier steps that are remembered for the certificate's curve, 32 MiB of them.
+KEPT = 1 << 22
 
 
 class Weights:
@@ -123,7 +45,8 @@ class Weights:
     Three logs are kept a sample: ``path`` (the full weight along its ancestry), ``steer`` (the tempered part that
     drives resampling, along its ancestry) and ``residual`` (the part of ``steer`` since the last resampling).
     ``residual - steer`` undoes every resampling, which is how the certificate of the plain blend
-    comes out of a corrected run. Tensors are never written to, so that a copy stays what it is (``snapshot``).
+    comes out of a corrected run. Tensors are never written to, so that a copy stays what it is (``snapshot``), and what
+    was known after a step can be kept for the certificate at that noise level.
 
     Args:
         correction: how the weights are used.
@@ -131,16 +54,23 @@ class Weights:
         device: of the samples.
         nonnegative: whether all coefficients of the blend are >= 0.
         multistep: whether its steps remember the members' last posterior means.
+        levels: the noise level sigma / alpha at the end of each step; None if not known.
+        dimension: of a sample; None if not known.
 
     Attributes:
         ancestors: which start each sample descends from, long (B,).
         resampled: the steps after which samples were redrawn.
         particles: the samples of each group, one index a group.
+        kept: of the samples before the last resampling, the places that are still used, long; None: all of them.
+
+    Raises:
+        ValueError: a correction without what it needs: a generator, groups of this batch, noise levels.
     """
 
     def __init__(
-        self, correction: Correction, batch: int, device: torch.device, nonnegative: bool, multistep: bool = False
-    ) -> None:
+        self, correction: Correction, batch: int, device: torch.device, nonnegative: bool, multistep: bool = False,
+        levels: Sequence[float] | None = None, dimension: int | None = None,
+    ) -> None:  # fmt: skip
         self.correction, self.nonnegative = correction, nonnegative
         if correction.mode == "resample" and correction.generator is None:
             raise ValueError(
@@ -149,24 +79,39 @@ class Weights:
         groups = torch.zeros(batch, dtype=torch.long) if correction.groups is None else correction.groups.long().cpu()
         if groups.shape != (batch,):
             raise ValueError(f"groups must name one problem a sample, shape ({batch},), got {tuple(groups.shape)}")
-        names = groups.unique().tolist()
-        self.particles: list[Tensor | slice] = [(groups == g).nonzero().flatten().to(device) for g in names]
-        if len(names) == 1:
-            self.particles = [slice(None)]  # a view where an index would copy, every step
+        if levels is None and (correction.down_to or correction.keep is not None):
+            raise ValueError("down_to and keep need a run that knows its noise levels, got none; leave them out")
+        if levels is not None and correction.down_to > levels[0]:
+            raise ValueError(
+                f"down_to must be a noise level that a step ends at or above, got {correction.down_to:g} where the "
+                f"first ends at {levels[0]:.3g}; go further down"
+            )
+        _, self._group = groups.unique(return_inverse=True)
+        self.particles = _particles(self._group, device)
+        smallest = min(int((self._group == g).sum()) for g in range(len(self.particles)))
+        if correction.keep is not None and correction.keep > smallest:
+            raise ValueError(
+                f"keep takes at most the {smallest} samples that a group begins with, got {correction.keep}"
+            )
         self.path = torch.zeros(batch, dtype=torch.float64, device=device)
         self.steer = self.residual = self.path  # and so for good without resampling
-        self.ancestors = torch.arange(batch, device=device)
+        self.ancestors = self._family = torch.arange(batch, device=device)
+        self._variance = [0.0] * len(self.particles)  # of log E[W], up to where a group was last narrowed
         self.log_normalizer: list[float] = [0.0] * len(self.particles)
         self.multistep = multistep
         self._old: Tensor | None = None  # the members' posterior means (K, B, *event), one step ago
         self.profile: list[list[float]] = [[] for _ in self.particles]
         self.resampled: list[int] = []
+        self.levels, self.dimension = levels, dimension
+        self.kept: Tensor | None = None
+        self._trace: list[_Then] = []
 
     def snapshot(self) -> Weights:
         """Return a copy that later steps leave alone."""
         out = copy.copy(self)
         out.profile = [record[:] for record in self.profile]
-        out.log_normalizer, out.resampled = self.log_normalizer[:], self.resampled[:]
+        out.log_normalizer, out.resampled, out._trace = self.log_normalizer[:], self.resampled[:], self._trace[:]
+        out._variance = self._variance[:]
         return out
 
     def step(self, move: Move, evaluation: Evaluation) -> None:
@@ -192,16 +137,29 @@ class Weights:
             mean = increment[index].mean() if undo is None else (undo[index] * increment[index]).sum()
             record.append(-float(mean))
         self.path = self.path + increment
-        if self.correction.mode != "resample":
+        if not self.within:
+            pass  # gathered for the rest of the certificate's curve alone
+        elif self.correction.mode != "resample":
             self.steer = self.residual = self.path
         elif self.correction.steers_at(t):
             self.steer = self.steer + increment * self.correction.tempering
             self.residual = self.residual + increment * self.correction.tempering
+        full = self.correction.exact and self.within
+        past = self.log_normalizer[:] if self.resampled and full else None
+        self._keep(_Then(self._level, self.path, self.residual, self.steer, past, self.particles, self._steps))
 
     def skip(self) -> None:
         """Record a step without noise: it adds nothing."""
         for record in self.profile:
             record.append(0.0)
+        if self._trace:
+            self._keep(replace(self._trace[-1], level=self._level, steps=self._steps))
+
+    @property
+    def within(self) -> bool:
+        """Whether the last step's weights count, down to the level that is asked for."""
+        level = self._level
+        return level is None or level >= self.correction.down_to * (1 - 1e-9)
 
     def undo(self) -> Tensor:
         """Return weights (B,) under which the samples stand for the blend without resampling; sum one a group."""
@@ -212,39 +170,71 @@ class Weights:
         return out
 
     def resample(self, step: int) -> Tensor | None:
-        """Resample the groups that need it; return the ancestors (B,) if any did."""
+        """Resample the groups that need it; return the ancestors if any did.
+
+        With ``keep`` there may be fewer than samples: then ``kept`` are the places, of those before, that go on.
+        """
+        self.kept = None
         if self.correction.mode != "resample":
             return None
-        ancestors, any_group = torch.arange(len(self.path), device=self.path.device), False
-        left = self.residual.clone()
+        ancestors, any_group = torch.full((len(self.path),), -1), False
+        left, narrowed = self.residual.clone(), list[Tensor]()
         for g, index in enumerate(self.particles):
             residual = self.residual[index]
-            if float(effective_sample_size(residual)) >= self.correction.threshold * len(residual):
+            place = torch.arange(len(self.path))[index.cpu() if isinstance(index, Tensor) else index]
+            wanted = self._wanted(residual, step)
+            if wanted is None:
+                ancestors[place] = place
                 continue
             assert self.correction.generator is not None  # checked at construction
             any_group = True
+            if wanted < len(place):  # descendants that are too few to tell by how their start's weight varied
+                self._variance[g] = self.normalizers()[g][1] ** 2
+                narrowed.append(place)
             self.log_normalizer[g] += log_mean_exp(residual)[0]
-            ancestors[index] = ancestors[index][systematic_resample(residual, self.correction.generator)]
+            ancestors[place[:wanted]] = place[systematic_resample(residual, self.correction.generator, wanted).cpu()]
             left[index] = 0.0
         if not any_group:
             return None
+        still = ancestors >= 0
+        if not bool(still.all()):
+            self.kept = still.nonzero().flatten().to(self.path.device)
+            self._group = self._group[still]
+            self.particles = _particles(self._group, self.path.device)
+            left = left[self.kept]
+        ancestors = ancestors[still].to(self.path.device)
         self.residual, self._old = left, None if self._old is None else self._old[:, ancestors]
         self.path, self.steer, self.ancestors = self.path[ancestors], self.steer[ancestors], self.ancestors[ancestors]
+        family = self._family[ancestors]
+        for place in narrowed:  # each is a start of its own from here on
+            fresh = torch.isin(ancestors.cpu(), place)
+            family[fresh] = len(still) + fresh.nonzero().flatten().to(family.device)
+        self._family = family
         self.resampled.append(step)
         return ancestors
 
+    def _wanted(self, residual: Tensor, step: int) -> int | None:
+        """Return how many samples of a group go on after a step, None where they are left alone."""
+        count, keep = len(residual), self.correction.keep
+        if keep is not None and count > keep and self.levels and step == self.correction.last_step(self.levels):
+            return keep
+        effective = float(effective_sample_size(residual))
+        if effective >= self.correction.threshold * count:
+            return None
+        return count if keep is None else max(keep, math.ceil(effective))
+
     def certificates(self) -> list[Certificate]:
-        """Return one certificate a group, of the blend without resampling."""
-        return [
-            certify(
-                self.path[i],
-                (self.residual - self.steer)[i],
-                self.profile[g],
-                self.nonnegative,
-                self.normalizers()[g][0] if self.resampled and self.correction.exact else None,
-            )
-            for g, i in enumerate(self.particles)
-        ]
+        """Return one certificate a group, of the blend without resampling, at the level that is asked for."""
+        out = []
+        for g, record in enumerate(self.profile):
+            marks = tuple(then.mark(g) for then in self._trace)
+            mark = last_mark(marks, self.correction.down_to) if self.correction.down_to else None
+            if mark is None:  # to the end, or nothing has been gathered yet
+                start = self.path[self.particles[g]]
+                mark = marks[-1] if marks else Mark(0, None, start, start, start)
+            profile = torch.tensor(record, dtype=torch.float64)
+            out.append(certify(mark, profile, self.nonnegative, self.dimension, bool(self.resampled), marks))
+        return out
 
     def normalizers(self) -> list[tuple[float, float]]:
         """Return log E[W] of the steering weights and its standard error, one a group."""
@@ -252,25 +242,69 @@ class Weights:
         for g, index in enumerate(self.particles):
             value, error = log_mean_exp(self.residual[index])
             if self.resampled:
-                error = _genealogical_error(self.residual[index], self.ancestors[index], len(self.resampled))
+                error = math.sqrt(_genealogical_variance(self.residual[index], self._family[index]) + self._variance[g])
             out.append((self.log_normalizer[g] + value, error))
         return out
 
+    @property
+    def _steps(self) -> int:
+        return len(self.profile[0])
 
-def _genealogical_error(residual: Tensor, ancestors: Tensor, resamplings: int) -> float:
-    """Return the standard error of log E[W] after resampling, from the weight of each first ancestor.
+    @property
+    def _level(self) -> float | None:
+        """The noise level at the end of the last step."""
+        return None if self.levels is None or not self._steps else self.levels[self._steps - 1]
+
+    def _keep(self, then: _Then) -> None:
+        """Remember a step for the certificate's curve; with very many samples, only every second one, and so on."""
+        self._trace.append(then)
+        if len(self._trace) * then.path.numel() > KEPT:
+            last, level = len(self._trace) - 1, self.correction.down_to
+            held = [then for then in self._trace if then.level is not None and then.level >= level * (1 - 1e-9)]
+            self._trace = [
+                then for k, then in enumerate(self._trace) if (last - k) % 2 == 0 or (held and then is held[-1])
+            ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Then:
+    """What is known after one step, before any resampling there; of all groups."""
+
+    level: float | None
+    path: Tensor
+    residual: Tensor
+    steer: Tensor
+    past: list[float] | None
+    particles: list[Tensor | slice]
+    steps: int
+
+    def mark(self, g: int) -> Mark:
+        """Return what is known of one group."""
+        index, past = self.particles[g], None if self.past is None else self.past[g]
+        return Mark(self.steps, self.level, self.path[index], self.residual[index], self.steer[index], past)
+
+
+def _particles(group: Tensor, device: torch.device) -> list[Tensor | slice]:
+    """Return one index a group, of groups numbered from 0, long (B,)."""
+    count = int(group.max()) + 1
+    if count == 1:
+        return [slice(None)]  # a view where an index would copy, every step
+    return [(group == g).nonzero().flatten().to(device) for g in range(count)]
+
+
+def _genealogical_variance(residual: Tensor, ancestors: Tensor) -> float:
+    """Return the variance of log E[W] after resampling, from the weight of each first ancestor.
 
     Source: Chan and Lai 2013; Lee and Whiteley 2018.
     """
     weight = residual.softmax(0)
-    place = (ancestors - ancestors.min()).clamp(max=len(weight) - 1)
-    families = torch.zeros_like(weight).scatter_add_(0, place, weight)
-    count = len(weight)
-    return math.sqrt(max(float(families.square().sum()) - 1 / count, 0.0))
+    _, family = ancestors.unique(return_inverse=True)
+    families = torch.zeros_like(weight).scatter_add_(0, family, weight)
+    return max(float(families.square().sum()) - 1 / len(weight), 0.0)
 
 
 def start_weights(
-    correct: CorrectionMode | Correction | None, score: object, step: Step, noise: Noise, x: Tensor
+    correct: CorrectionMode | Correction | None, score: object, step: Step, noise: Noise, x: Tensor, levels: list[float]
 ) -> Weights | None:
     """Return the weights of a run that starts at x (B, *event), or None without correction.
 
@@ -280,6 +314,7 @@ def start_weights(
         step: must have noise.
         noise: of the run; the seed of its generator, the first if there are several, gives "resample" its own.
         x: the start.
+        levels: sigma / alpha at the end of each step.
 
     Raises:
         TypeError, ValueError: a correction that does not apply.
@@ -305,7 +340,8 @@ def start_weights(
         )
     if score.coefficients.ndim == 2:
         correct = replace(correct, groups=_groups(score.coefficients, correct.groups))
-    return Weights(correct, len(x), x.device, bool((score.coefficients >= 0).all()), step.multistep)
+    nonnegative = bool((score.coefficients >= 0).all())
+    return Weights(correct, len(x), x.device, nonnegative, step.multistep, levels, x[0].numel())
 
 
 def _groups(coefficients: Tensor, given: Tensor | None) -> Tensor:

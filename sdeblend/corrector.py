@@ -29,7 +29,7 @@ from torch import Tensor
 from sdeblend.blend import Blend
 from sdeblend.noise import Noise, NoiseSource, generator_beside
 from sdeblend.schedule import NoiseSchedule
-from sdeblend.score import ScoreFunction
+from sdeblend.score import ScoreFunction, restrict_rows
 from sdeblend.select import OneMemberPerStep, check_probabilities, member_scores, select_members
 
 MoveMembers = Literal["all", "one"]
@@ -145,6 +145,11 @@ class Moves:
             probabilities = check_probabilities(self._score.coefficients, len(self._score.stack))
             generator = corrector.generator or generator_beside(noise, 2, "Corrector(members='one', generator=...)")
             self._members = select_members(probabilities, sum(self.counts), batch, "systematic", generator)
+
+    def select(self, rows: Tensor, source: NoiseSource) -> None:
+        """Go on with the places ``rows`` (long) of the batch only, on their own noise."""
+        self._source, self._score = source, restrict_rows(self._score, rows)
+        self._members = None if self._members is None else self._members[:, rows.cpu()]
 
     def after(self, step: int, x: Tensor, t: Tensor) -> Tensor:
         """Take the moves that follow a step.

@@ -84,6 +84,22 @@ class ReplayNoise:
         return self.draws[n].to(like)
 
 
+class RowsOfNoise:
+    """The noise of some rows of a larger batch, as they would see it there.
+
+    Args:
+        source: of the batch.
+        rows: which, long (n,).
+        batch: its size.
+    """
+
+    def __init__(self, source: NoiseSource, rows: Tensor, batch: int) -> None:
+        self.source, self.rows, self.batch = source, rows, batch
+
+    def __call__(self, n: int, t: Tensor, s: Tensor, like: Tensor) -> Tensor:
+        return self.source(n, t, s, like.new_empty(self.batch, *like.shape[1:]))[self.rows]
+
+
 def noise_source(noise: Noise) -> NoiseSource:
     """Return a source for what the user gave: a generator, one generator a sample, or a source.
 

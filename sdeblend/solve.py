@@ -19,8 +19,8 @@ from sdeblend.certificate import Certificate
 from sdeblend.correct import Correction, CorrectionMode, Weights, start_weights
 from sdeblend.corrector import Corrector, Moves
 from sdeblend.grid import check_grid
-from sdeblend.noise import Noise, noise_source
-from sdeblend.score import prepare_times
+from sdeblend.noise import Noise, RowsOfNoise, noise_source
+from sdeblend.score import prepare_times, restrict_rows
 from sdeblend.sde import BackwardSDE, check_state
 from sdeblend.steps import EulerMaruyama, Move, Step, Walk
 
@@ -35,7 +35,7 @@ class State:
         x: (B, *event).
         weights: what the run knows of its weights so far, or None without correction.
         evaluation: the evaluation of the blend that led here, or None (start, or a score that is no ``Blend``).
-        evaluations: member evaluations a sample so far.
+        evaluations: member evaluations so far, a sample that there is.
     """
 
     step: int
@@ -63,11 +63,12 @@ class Solution:
     Attributes:
         samples: (B, *event).
         log_weights: log W of each sample, since the last resampling if any, float64 (B,); None without correction.
-            Samples weighted by W follow the target; with mode "certify" they may be ignored.
+            Samples weighted by W follow the target; with mode "certify" they may be ignored. With ``down_to``, those
+            gathered down to that level.
         ancestors: which start each sample descends from, long (B,); None where sample i comes from start i.
         certificates: one a group of particles, in order of appearance or of the given labels; empty without correction.
         log_normalizers: (log E[W], standard error), one a group; of the tempered weights if tempered.
-        evaluations: member evaluations a sample.
+        evaluations: member evaluations a sample that is returned.
         resampled: the steps after which samples were redrawn.
         notes: what a reader must know (tempering, active interval), sentences.
     """
@@ -129,10 +130,12 @@ def trajectory(
         FloatingPointError: a state that is no longer finite; names step, time and sample.
     """
     grid, x, step = check_grid(grid, sde.schedule), check_state(x), step or EulerMaruyama()
-    source, weights = noise_source(noise), start_weights(correct, sde.score, step, noise, x)
-    walk, blend, used = Walk(step, sde.schedule, grid), sde.score if isinstance(sde.score, Blend) else None, 0.0
+    levels = (-sde.schedule.log_snr(grid[1:]) / 2).exp().tolist()
+    source, weights = noise_source(noise), start_weights(correct, sde.score, step, noise, x, levels)
+    function, walk, used = sde.score, Walk(step, sde.schedule, grid), 0.0
     if gradients is None:
-        gradients = torch.is_grad_enabled() and (x.requires_grad or (blend is not None and blend.requires_grad))
+        wanted = isinstance(function, Blend) and function.requires_grad
+        gradients = torch.is_grad_enabled() and (x.requires_grad or wanted)
     moves = None
     if corrector is not None:
         moves = Moves(corrector, sde.score, sde.schedule, grid, noise, source, len(x))
@@ -140,24 +143,32 @@ def trajectory(
     yield State(0, float(grid[0]), x, weights and weights.snapshot())
     for n, move in enumerate(walk.moves, 1):
         with torch.set_grad_enabled(gradients):  # left before the caller goes on
-            evaluation = None if blend is None else blend.evaluate(x, move.t)
-            score = sde.score(x, move.t) if evaluation is None else evaluation.score
+            evaluation = function.evaluate(x, move.t) if isinstance(function, Blend) else None
+            score = function(x, move.t) if evaluation is None else evaluation.score
             z = source(n - 1, move.t, move.s, x) if move.g else None
-            x = walk.advance(move, x, score, z, sde.score)
+            x = walk.advance(move, x, score, z, function)
             _check_finite(x, n, move)
-            used += (1 if move.s == 0 else step.evaluations) * (1 if evaluation is None else len(evaluation.active))
+            members = 1 if evaluation is None else len(evaluation.active)
+            used += (1 if move.s == 0 else step.evaluations) * members * len(x)
             if weights is not None and evaluation is not None:
                 weights.step(move, evaluation)
                 # Never after the last step: weights that are returned cost nothing, resampling adds noise.
                 ancestors = weights.resample(n) if n < len(walk.moves) else None
                 if ancestors is not None:
-                    x = x[ancestors]
+                    batch, x = len(x), x[ancestors]
                     walk.select(ancestors)
+                    if weights.kept is not None:
+                        function, source = (
+                            restrict_rows(function, weights.kept),
+                            RowsOfNoise(source, weights.kept, batch),
+                        )
+                        if moves is not None:
+                            moves.select(weights.kept, source)
             if moves is not None and moves.counts[n - 1]:
                 x = moves.after(n - 1, x, move.s)
                 _check_finite(x, n, move)
-                used += moves.counts[n - 1] * moves.cost
-        yield State(n, float(move.s), x, weights and weights.snapshot(), evaluation, used)
+                used += moves.counts[n - 1] * moves.cost * len(x)
+        yield State(n, float(move.s), x, weights and weights.snapshot(), evaluation, used / len(x))
 
 
 def solve(
@@ -181,9 +192,7 @@ def solve(
     Returns:
         samples with weights, certificate and counts.
     """
-    run = trajectory(
-        sde, x, grid, noise=noise, step=step, correct=correct, corrector=corrector, gradients=gradients
-    )
+    run = trajectory(sde, x, grid, noise=noise, step=step, correct=correct, corrector=corrector, gradients=gradients)
     for state in run:
         if progress is not None and state.step:
             progress(state.step, len(grid) - 1)

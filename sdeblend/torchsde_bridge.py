@@ -94,7 +94,12 @@ def solve_torchsde(
     ts = torch.tensor([0.0, start - end], dtype=torch.float64)
     flat = x.flatten(1)
     path = torchsde.BrownianInterval(
-        t0=0.0, t1=start - end, size=tuple(flat.shape), dtype=x.dtype, device=x.device, entropy=seed,
+        t0=0.0,
+        t1=start - end,
+        size=tuple(flat.shape),
+        dtype=x.dtype,
+        device=x.device,
+        entropy=seed,
         levy_area_approximation="space-time" if method == "srk" else "none",
     )
     problem = TorchSDE(sde, start, x.shape[1:])

@@ -11,6 +11,7 @@ from sdeblend import (
     STEPS,
     BackwardSDE,
     Blend,
+    Certificate,
     Correction,
     CountingStack,
     Preference,
@@ -23,6 +24,7 @@ from sdeblend import (
 from tests.support.chains import KINDS, Chain, gaussian_kl, log_increments, log_mass, moments, quadratic_form
 from tests.support.core import Z, seeded
 from toy.mixtures.mixture import GaussianMixture
+from toy.problems import line2
 from toy.scores.stack import MixtureStack
 
 SCHEDULE = VPLinear()
@@ -110,6 +112,18 @@ def test_gaussian_members_in_closed_form(kind, c):
     other = geometric_mean(chains, (c[0] + 0.1, c[1] - 0.1, c[2]))
     for wrong in (1.2 * path_kl, gaussian_kl(moments(ours), moments(other))):
         assert abs(certificate.value - wrong) > Z * certificate.standard_error
+
+    # and at every noise level: the divergence of the steps that end at it or above
+    curve, levels = certificate.curve, (-SCHEDULE.log_snr(grid[1:]) / 2).exp()
+    torch.testing.assert_close(curve.level, levels)
+    for k, (level, nats) in enumerate(zip(levels.tolist(), curve.nats.tolist(), strict=True)):
+        part = [gaussian_chain(kind, grid[: k + 2], *law) for law in LINE]
+        exact = gaussian_kl(moments(quadratic_form(blended(part, c), 1.0)), moments(geometric_mean(part, c)))
+        there = certificate.at(level)
+        assert there.value == nats and there.level == pytest.approx(level) and there.steps == k + 1
+        assert abs(nats - exact) < Z * there.standard_error < Z * 0.2 * exact
+        if k < len(grid) - 2:  # the control: one step more
+            assert abs(certificate.at(float(levels[k + 1])).value - exact) > Z * there.standard_error
 
     last = [(mean[-1:], covariance[-1:, -1:]) for mean, covariance in (moments(ours), moments(target))]
     assert gaussian_kl(*last) < path_kl
@@ -251,3 +265,79 @@ def test_few_paths_give_the_one_sided_bound():
     assert certify(MIXTURES["inside"], batch=1).certificate.standard_error == math.inf
     beyond = certify(MIXTURES["beyond"], batch=3).certificate
     assert not beyond.reliable and "negative" in beyond.warning
+
+
+def made(nats, ess=0.9, samples=4000.0, **options):
+    """Return a certificate of these numbers."""
+    given = {"per_sample": torch.zeros(round(samples)), "profile": torch.ones(10), "nonnegative": True} | options
+    return Certificate(nats, 0.01, ess, samples=samples, **given)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "word", "advice"),
+    [
+        (made(0.004), "exact", None),
+        (made(0.05), "close", None),
+        (made(0.05, ess=0.3), "correct it", "correct='resample'"),
+        (made(0.4, ess=0.3), "correct it", "correct='resample'"),
+        (made(0.4, ess=0.3, resampled=True), "corrected", "were corrected by resampling"),
+        (made(9.0, ess=0.001), "too far to correct with 4000 samples", "it takes about 8.1e+04"),
+        (made(2.0, ess=0.3, samples=8.0, normalised=False), "too far to correct with 8 samples", "down_to"),
+        (made(2.0, ess=1.0, samples=1.0, normalised=False), "too few samples to tell", "draw at least 10"),
+        (made(40.0, ess=0.001), "too far to correct with 4000 samples", "more than a million"),
+        (made(0.4, ess=0.001, nonnegative=False), "UNRELIABLE", "negative"),
+        (made(0.4, per_sample=torch.zeros(50_000)), "UNRELIABLE", "resampling has left"),
+    ],
+)
+def test_a_word_and_advice_that_fit_the_run(certificate, word, advice):
+    assert certificate.word == word and str(certificate).endswith(f": {word}") and "\n" not in str(certificate)
+    assert certificate.warning is None if advice is None else advice in certificate.warning
+    assert len(repr(certificate)) < 50
+
+
+def test_what_nats_mean():
+    assert made(0.5).tv_bound == pytest.approx(0.5) and made(8.0).tv_bound == pytest.approx(math.sqrt(1 - math.exp(-8)))
+    assert made(-0.1).tv_bound == 0 and made(1e4).tv_bound == 1
+    assert made(9.0).needed == pytest.approx(math.exp(9)) and made(0.5, reverse=2.0).needed == pytest.approx(
+        math.exp(2)
+    )
+    assert made(-1.0).needed == 1 and math.isfinite(made(1e4).needed)
+    assert made(6.0, dimension=12).per_dimension == 0.5 and made(6.0).per_dimension is None
+    late = torch.tensor([1.0] * 9 + [0.0, 3.0, 0.0])  # ten steps with noise
+    assert made(1.0, profile=late, steps=12).last_share == 0.25
+    assert "last steps" in str(made(1.0, profile=torch.tensor([1.0, 4.0]), steps=2))
+    assert made(0.0, profile=torch.zeros(3), steps=3).last_share == 0
+
+
+def test_what_the_target_would_need_is_the_divergence_the_other_way():
+    solution = certify(MIXTURES["inside"], batch=20_000)
+    certificate = solution.certificate
+    w = solution.log_weights.softmax(0)
+    assert certificate.reverse == pytest.approx(float((w * (w * 20_000).log()).sum()), rel=1e-9)
+    assert 1 < certificate.needed < 1 / certificate.ess_fraction  # Jensen
+    assert certificate.dimension == 2 and certificate.per_dimension == certificate.value / 2
+
+
+def test_a_reward_gap_is_the_closed_form():
+    problem, preference = line2(0.5), Preference({"right": 0.5, "left": 0.5})
+    x = SCHEDULE.prior((20_000, 1), generator=seeded(1), dtype=torch.float64)
+    sde, grid = BackwardSDE(SCHEDULE, Blend(problem.stack(SCHEDULE), preference)), time_grid(SCHEDULE, 60)
+    groups = torch.arange(20_000) % 100
+    run, whole = (solve(sde, x, grid, noise=seeded(2), correct=c) for c in (Correction(groups=groups), "certify"))
+    for name, reward in problem.rewards.items():
+        r = reward(whole.samples)
+        exact = (problem.target(preference).mean_reward(reward) - float(r.mean())) / float(r.std())
+        gap = whole.certificate.reward_gap(r)
+        width = (gap.high - gap.low) / 1.96 / 2
+        assert abs(gap.value - exact) < Z * width and abs(exact) > Z * width
+        # the interval holds the truth as often as it says, and one of half its width does not
+        found = [c.reward_gap(r[groups == g]) for g, c in enumerate(run.certificates)]
+        held = sum(g.low < exact < g.high for g in found)
+        half = sum(abs(g.value - exact) < (g.high - g.low) / 4 for g in found)
+        assert held >= 85 > half, name
+    with pytest.raises(ValueError, match="got a resampled run"):
+        made(0.1, resampled=True).reward_gap(torch.zeros(4000))
+    with pytest.raises(ValueError, match=r"each of 4000 samples .*got shape \(3,\)"):
+        made(0.1).reward_gap(torch.zeros(3))
+    with pytest.raises(ValueError, match="rewards that differ"):
+        made(0.1).reward_gap(torch.zeros(4000))
