@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdeblend.blend import Blend
 from sdeblend.correct import Correction
+from sdeblend.corrector import Corrector
 from sdeblend.methods.draws import Draws
 from sdeblend.preference import Preference
 from sdeblend.schedule import NoiseSchedule
@@ -166,16 +167,17 @@ class Case(ABC):
         """Return the starts of some draws, (B * candidates, *event), those of a seed side by side."""
         return draws.start(self.like, self.schedule.prior_std(), candidates)
 
-    def solve(self, score: ScoreFunction, draws: Draws, correct: Correction | None = None) -> Drawn:
+    def solve(
+        self, score: ScoreFunction, draws: Draws, correct: Correction | None = None, corrector: Corrector | None = None
+    ) -> Drawn:
         """Solve the backward SDE of a score; with a correction, weights, certificate and ancestors come with it."""
         sde = BackwardSDE(self.schedule, score)
         end = solve(
             sde, self.start(draws), self.grid, step=self.step, noise=draws.noise(), correct=correct,
-            progress=self.progress,
+            corrector=corrector, progress=self.progress,
         )  # fmt: skip
-        calls = end.evaluations if isinstance(score, Blend) else float(len(self.grid) - 1) * self.step.evaluations
         if end.certificate is None:
-            return Drawn(end.samples, calls)
+            return Drawn(end.samples, end.evaluations)
         log_normalizer, error = end.log_normalizers[0]
         facts = {
             "certificate": end.certificate.value,
@@ -185,7 +187,12 @@ class Case(ABC):
             "log_normalizer_se": error,
         }
         return Drawn(
-            end.samples, calls, log_weights=end.log_weights, ancestors=end.ancestors, solution=end, facts=facts
+            end.samples,
+            end.evaluations,
+            log_weights=end.log_weights,
+            ancestors=end.ancestors,
+            solution=end,
+            facts=facts,
         )
 
 

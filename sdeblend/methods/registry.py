@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from sdeblend.methods import blends, guidance, interpolation, one_member, one_model, search, steering, union
+from sdeblend.methods import blends, guidance, interpolation, moves, one_member, one_model, search, steering, union
 from sdeblend.methods.method import Method
 
-_FAMILIES = (one_model, blends, one_member, interpolation, union, search, guidance, steering)
+_FAMILIES = (one_model, blends, one_member, moves, interpolation, union, search, guidance, steering)
 METHODS: Final[Mapping[str, Method]] = {method.name: method for family in _FAMILIES for method in family.METHODS}
 
 

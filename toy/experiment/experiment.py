@@ -126,7 +126,7 @@ def _bounds(name: str, prepared: Prepared, drawn: Drawn) -> dict[str, Any]:
     found = None if drawn.solution is None else drawn.solution.certificate
     note, known = None, None
     if found is None:
-        blend = name in ("mpa", "mpa-corrected") and not prepared.case.step.stochastic
+        blend = name in ("mpa", "mpa-moves", "mpa-corrected") and not prepared.case.step.stochastic
         note = "a certificate needs a solver with noise" if blend else "a certificate is of a blend of all members"
     else:
         known = prepared.problem.blend_log_normalizer(prepared.preference)

@@ -318,8 +318,11 @@ def test_options_that_cannot_serve_are_refused_before_anything_runs(tmp_path, ol
 
 def test_every_option_has_its_values_checked():
     keys = {key.name: key for method in METHODS.values() for key in describe(method.options)}
-    assert set(keys) == {"candidates", "block", "every", "threshold", "tempering", "scale", "gamma"}
-    assert all(key.description and re.search(r"at least|above", key.kind) for key in keys.values())
+    assert set(keys) == {
+        "candidates", "block", "every", "threshold", "tempering", "scale", "gamma", "moves", "step_size", "placing",
+        "pilot",
+    }  # fmt: skip
+    assert all(key.description and re.search(r"at least|above|uniform", key.kind) for key in keys.values())
 
 
 def test_accelerates_entry_tells_what_the_command_tells(monkeypatch, capsys):
