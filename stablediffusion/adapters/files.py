@@ -263,7 +263,11 @@ def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
             name = _write(file, Path(folder) / "lora.safetensors").name
             with no_false_alarms():
                 pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
-        return _check_arrived(file, components, adapter)
+        where = _check_arrived(file, components, adapter)
+        for layer in adapted_layers(components.values()):
+            if adapter in getattr(layer, "lora_dropout", {}):
+                layer.lora_dropout[adapter].eval()  # of its training
+        return where
     except BaseException as error:
         remove_adapter(pipe, adapter)
         restore()

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
+from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -50,6 +52,28 @@ def freeze(modules: Iterable[nn.Module], adapters: Collection[str]) -> None:
                     holder[name].requires_grad_(False)
 
 
+def evaluate_only(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Put the adapters of some networks in evaluation mode, where the dropout of their training is off.
+
+    Returns:
+        what puts those back in training mode that were in it.
+    """
+    parts = [
+        part
+        for layer in adapted_layers(modules)
+        for part in chain([layer], getattr(layer, "lora_dropout", {}).values())
+        if part.training
+    ]
+    for part in parts:
+        part.training = False
+
+    def restore() -> None:
+        for part in parts:
+            part.training = True
+
+    return restore
+
+
 class AdapterSwitch:
     """Chooses the active adapter of every adapted layer of some networks, in microseconds.
 
@@ -62,14 +86,15 @@ class AdapterSwitch:
     """
 
     def __init__(self, modules: Iterable[nn.Module], members: Collection[str]) -> None:
-        self.layers = adapted_layers(modules)
+        self.modules = tuple(modules)
+        self.layers = adapted_layers(self.modules)
         self.members = frozenset(members)
         self._background: list[list[str]] = [[] for _ in self.layers]
         self._lists: dict[tuple[str, ...], list[list[str]]] = {}
 
     @contextmanager
     def borrowed(self) -> Iterator[AdapterSwitch]:
-        """Allow ``use`` inside; every layer is as before afterwards, whatever happens."""
+        """Allow ``use`` inside, in evaluation mode; every layer is as before afterwards, whatever happens."""
         saved = [{name: layer.__dict__.get(name, _ABSENT) for name in (ACTIVE, _DISABLED)} for layer in self.layers]
         background = [
             [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in self.members]
@@ -77,10 +102,12 @@ class AdapterSwitch:
         ]
         if background != self._background:
             self._background, self._lists = background, {}
+        train = evaluate_only(self.modules)
         try:
             self.use()
             yield self
         finally:
+            train()
             for layer, values in zip(self.layers, saved, strict=True):
                 for name, value in values.items():
                     if value is _ABSENT:
@@ -111,20 +138,49 @@ def check_unfused(owner: object, modules: Iterable[nn.Module]) -> None:
         modules: its networks.
 
     Raises:
-        ValueError: merged adapters, fused projections, or a cache that skips computations.
+        ValueError: merged adapters, fused projections, or layers that keep something from one pass to the next.
     """
     name = type(owner).__name__
     for module in modules:
-        if getattr(module, "is_cache_enabled", False):
-            raise ValueError(f"a blend needs every member computed, got a cache on {name}; call disable_cache()")
-        for layer in adapted_layers([module]):
-            if layer.merged:
+        for place, part in module.named_modules():
+            if isinstance(part, BaseTunerLayer) and part.merged:
                 raise ValueError(
-                    f"a blend needs adapters apart from the weights, got {', '.join(layer.merged_adapters)} fused into "
+                    f"a blend needs adapters apart from the weights, got {', '.join(part.merged_adapters)} fused into "
                     f"{name}; call unfuse_lora() first"
                 )
-        if any(getattr(part, "fused_projections", False) for part in module.modules()):
-            raise ValueError(
-                f"a blend needs the projections that adapters address, got fused ones in {name}; "
-                "call unfuse_qkv_projections() first"
-            )
+            if _fused(part):
+                raise ValueError(
+                    f"a blend needs the projections that adapters address, got fused ones in {name}; "
+                    "call unfuse_qkv_projections() first"
+                )
+            kept = _keeper(part) or ("a forward put in its place" if place and _replaced(part) else None)
+            if kept is not None:
+                raise ValueError(
+                    f"a blend needs every member computed, got {kept} in {place or type(part).__name__} of {name}, "
+                    "which may hand one member what another left; call disable_cache(), or remove its hooks"
+                )
+
+
+def _fused(part: nn.Module) -> bool:
+    """Whether a layer computes with joint projections: the older attention goes by its processor, not by its mark."""
+    if not getattr(part, "fused_projections", False):
+        return False
+    return not isinstance(part, Attention) or "Fused" in type(part.processor).__name__
+
+
+def _keeper(part: nn.Module) -> str | None:
+    """Return what keeps results of a layer from one pass to the next, as every cache of diffusers does in a hook."""
+    if getattr(part, "is_cache_enabled", False):
+        return "a cache"
+    hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+    # a cache's leader says that it has a state, its followers share the leader's
+    kept = [hook for hook in hooks.values() if hook._is_stateful or hasattr(hook, "state_manager")]
+    return f"the cache {type(kept[0]).__name__}" if kept else None
+
+
+def _replaced(part: nn.Module) -> bool:
+    """Whether somebody put a function in place of a layer's forward, other than offloading, hooks and compilation."""
+    own = part.__dict__.get("forward")
+    # offloading, when it is taken off, leaves the layer's own forward there
+    known = own is None or getattr(own, "__func__", None) is type(part).forward
+    return not known and not any(hasattr(part, name) for name in ("_hf_hook", "_diffusers_hook", "_orig_mod"))
