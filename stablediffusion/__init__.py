@@ -8,7 +8,8 @@ or, with the core's solver in place of the pipeline's, ``pipeline_score(pipe, pr
 modular pipeline, ``pipe.update_components(guider=BlendGuidance(pipe.guider, {"compress": 0.3, "vivid": 0.7}))``.
 """
 
-from stablediffusion.adapters.files import convert_lora, load_lora, read_lora, save_lora
+from stablediffusion.adapters.files import convert_lora, read_lora
+from stablediffusion.adapters.loading import load_lora, save_lora
 from stablediffusion.adapters.members import Member, Members, load_members
 from stablediffusion.blending.attach import blend
 from stablediffusion.blending.guider import BlendGuidance

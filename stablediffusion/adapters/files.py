@@ -1,20 +1,16 @@
-"""LoRA files: read, convert, save, load, and check that they really loaded.
+"""LoRA files: found, read, converted, written.
 
 A LoRA changes a weight by ``(alpha / rank) B A``. In the canonical file (safetensors) each tensor is named
 ``component.layer.lora_A.weight`` and the configuration of every component, alpha with it, is in the
-metadata. Files come in three other layouts, which diffusers loads as *nothing*, without an error:
-
-* names without a component, as ``unet.save_lora_adapter`` writes them;
-* pickles of attention processors, ``layer.processor.to_q_lora.down.weight``, as the authors of the method did;
-* metadata for one component only, which gives the other a default configuration.
-
-The first two are converted here; after every load the adapter is counted and compared with the file.
+metadata. Files come in other layouts: names without a component, as ``unet.save_lora_adapter`` writes them; folders of
+peft, ``adapter_model.safetensors`` beside ``adapter_config.json``; pickles of attention processors,
+``layer.processor.to_q_lora.down.weight``, as the authors of the method did; the names of other trainers. What each says
+is in ``layouts``, what becomes of it on a pipeline in ``loading``.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,23 +18,29 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from sdeblend.shell.files import write_atomically
-from stablediffusion.adapters.switch import activity_of, adapted_layers, deactivate
-from stablediffusion.pipelines.components import denoiser_of, lora_components
-from stablediffusion.pipelines.loading import no_false_alarms
 
-LORA_FILE_NAMES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+_PEFT = "adapter_model"
+LORA_FILE_NAMES = (
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    f"{_PEFT}.safetensors",
+    f"{_PEFT}.bin",
+)
+_PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
 ABOUT = "sdeblend."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-# Layouts of other trainers that the pipeline's own loader converts; their tensors are renamed and rescaled.
-_FOREIGN = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "diffusion_model.", "base_model.", "double_blocks.")
+# what components are called, in any pipeline
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+# names of other trainers, which the pipeline's own loader translates
+_FOREIGN = ("lora_unet_", "lora_te", "lora_transformer_", "lycoris_", "diffusion_model.", "double_blocks.")
+# files that are adapters of another kind; what they are is said where they are loaded
+_OTHER_KINDS = ("hada_", "lokr_", "oft_", "boft_")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class LoraFile:
 
     Attributes:
         tensors: name -> tensor, as in the file.
-        metadata: the configuration of each component, or None if the file has none.
+        metadata: the configuration of each component, ``component.r`` and so on; of a file whose names have no
+            component, without it, as peft writes it beside the file; None if there is none.
         path: where it was read, or None for tensors given in memory.
         about: what a trainer of ours wrote beside it (reward, KL weight, base, ...), by name after "sdeblend.".
     """
@@ -57,17 +60,12 @@ class LoraFile:
     path: Path | None = None
     about: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def foreign(self) -> bool:
-        """Whether the pipeline's loader must translate the names (kohya and the like)."""
-        return any(key.startswith(_FOREIGN) for key in self.tensors)
-
     def qualified(self, component: str) -> LoraFile:
-        """Return the file with ``component.`` put before names that have no component."""
-        if self.foreign or any(key.split(".", 1)[0] in _COMPONENTS for key in self.tensors):
+        """Return the file with ``component.`` put before names that have no component; a trainer's own are left."""
+        if any(key.startswith(_FOREIGN) or key.split(".", 1)[0] in COMPONENTS for key in self.tensors):
             return self
         metadata = None if self.metadata is None else {f"{component}.{k}": v for k, v in self.metadata.items()}
-        tensors = {f"{component}.{key}": value for key, value in self.tensors.items()}
+        tensors = {f"{component}.{key.removeprefix(PEFT_PREFIX)}": value for key, value in self.tensors.items()}
         return LoraFile(tensors, metadata, self.path, self.about)
 
 
@@ -108,9 +106,13 @@ def _from_hub(source: str) -> Path:
     parts = [] if source.startswith(("/", ".", "~")) else source.split("/")
     try:
         if len(parts) > 2 and Path(source).suffix:
-            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+            repository, name = "/".join(parts[:2]), "/".join(parts[2:])
+            if Path(name).stem == _PEFT:
+                hf_hub_download(repository, str(Path(name).with_name(_PEFT_CONFIG)))
+            return Path(hf_hub_download(repository, name))
         if len(parts) == 2 and all(parts) and Path(source).suffix not in (".safetensors", *_PICKLES):
-            return Path(snapshot_download(source, allow_patterns=["*.safetensors", *(f"*{s}" for s in _PICKLES)]))
+            patterns = ["*.safetensors", _PEFT_CONFIG, *(f"*{s}" for s in _PICKLES)]
+            return Path(snapshot_download(source, allow_patterns=patterns))
     except (OSError, ValueError, HFValidationError) as error:
         raise ValueError(
             f"a LoRA must be a file, a folder or a hub id that can be fetched, got {source!r}, which is no path here "
@@ -143,7 +145,9 @@ def read_lora(source: Source) -> LoraFile:
             tensors, metadata, about = _read_safetensors(path)
         else:
             tensors = _read_pickle(path)
-    if not tensors or not any("lora" in key or key.startswith(_FOREIGN) for key in tensors):
+        if metadata is None and path.stem == _PEFT:
+            metadata = _read_config(path.with_name(_PEFT_CONFIG))
+    if not any("lora" in key or any(kind in key for kind in _OTHER_KINDS) for key in tensors):
         example = next(iter(tensors), "nothing")
         raise ValueError(
             f"a LoRA file needs tensors whose names contain 'lora', got {example!r} among {len(tensors)} "
@@ -162,6 +166,20 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
     raw = header.get(LORA_ADAPTER_METADATA_KEY)
     about = {key.removeprefix(ABOUT): value for key, value in header.items() if key.startswith(ABOUT)}
     return tensors, json.loads(raw) if raw else None, about
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read what peft writes beside its weights; without it their strength is unknown."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"a folder of peft needs a readable {path.name} beside its weights, which says their strength, got "
+            f"{type(error).__name__} in {path.parent}; fetch it too"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path.name} must hold one configuration, got {type(config).__name__} in {path.parent}")
+    return config
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -189,110 +207,11 @@ def convert_lora(source: Source, path: str | Path, component: str = "unet") -> P
     Returns:
         the path.
     """
-    return _write(read_lora(source).qualified(component), _check_target(path))
+    return write_lora(read_lora(source).qualified(component), check_target(path))
 
 
-def save_lora(
-    pipe: Any,
-    path: str | Path,
-    adapter: str,
-    *,
-    about: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> Path:
-    """Save an adapter of the pipeline (denoiser and text encoders) with its configuration.
-
-    Args:
-        pipe: the pipeline that carries the adapter.
-        path: file to write, ``*.safetensors``, whole or not at all; the same adapter gives the same bytes.
-        adapter: the adapter's name.
-        about: written beside the configuration, see ``LoraFile.about``.
-        dtype: of the tensors in the file; as they are by default.
-
-    Returns:
-        the path.
-
-    Raises:
-        ValueError: if no component has such an adapter.
-    """
-    path = _check_target(path)
-    tensors: dict[str, Tensor] = {}
-    metadata: dict[str, Any] = {}
-    for name, module in lora_components(pipe).items():
-        if adapter in getattr(module, "peft_config", {}):
-            # peft's own names: diffusers' converter renames attention only, and cannot read the mixture back
-            factors = get_peft_model_state_dict(module, adapter_name=adapter)
-            tensors |= {f"{name}.{key}": value.to(dtype or value.dtype) for key, value in factors.items()}
-            metadata |= {f"{name}.{k}": v for k, v in _plain(module.peft_config[adapter].to_dict()).items()}
-    if not tensors:
-        raise ValueError(f"saving needs an adapter that is loaded, got {adapter!r}; {_loaded(pipe)}")
-    return _write(LoraFile(tensors, metadata, about=about or {}), path)
-
-
-def load_lora(pipe: Any, source: Source, adapter: str) -> tuple[str, ...]:
-    """Load a LoRA of any layout as an adapter, and check that all of it arrived.
-
-    Args:
-        pipe: a diffusers pipeline.
-        source: see ``read_lora``.
-        adapter: name of the new adapter, without ".".
-
-    Returns:
-        the components that have it, e.g. ("unet", "text_encoder").
-
-    Raises:
-        ValueError: for a name that is taken or has a ".", or when less arrived than the file holds; the
-            pipeline is left without the adapter.
-    """
-    if not adapter or "." in adapter:
-        raise ValueError(f"an adapter name must be non-empty and without '.', got {adapter!r}; use '-' or '_'")
-    components = lora_components(pipe)
-    if any(adapter in getattr(module, "peft_config", {}) for module in components.values()):
-        raise ValueError(f"an adapter name must be new, got {adapter!r}, which is loaded; delete it first or rename")
-    file = read_lora(source).qualified(denoiser_of(pipe)[0])
-    absent = sorted({key.split(".", 1)[0] for key in file.tensors} & set(_COMPONENTS) - set(components))
-    if absent:
-        raise ValueError(
-            f"a LoRA for {type(pipe).__name__} must address {', '.join(components)}, got {', '.join(absent)} "
-            f"in {file.path or 'the given tensors'}; use a LoRA of this model family"
-        )
-    restore = activity_of(components.values())
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            # through a file, because only there does diffusers read the metadata
-            name = _write(file, Path(folder) / "lora.safetensors").name
-            with no_false_alarms():
-                pipe.load_lora_weights(folder, weight_name=name, adapter_name=adapter)
-        where = _check_arrived(file, components, adapter)
-        for layer in adapted_layers(components.values()):
-            if adapter in getattr(layer, "lora_dropout", {}):
-                layer.lora_dropout[adapter].eval()  # of its training
-        return where
-    except BaseException as error:
-        remove_adapter(pipe, adapter)
-        restore()
-        if isinstance(error, RuntimeError | KeyError | IndexError):
-            lines = str(error).splitlines()
-            raise ValueError(
-                f"a LoRA must fit {type(pipe).__name__}, got one that does not in {file.path or 'the given tensors'} "
-                f"({' '.join(' '.join(lines[-1:]).split()) or type(error).__name__}); use a LoRA of this model family"
-            ) from error
-        raise
-
-
-def remove_adapter(pipe: Any, adapter: str) -> None:
-    """Remove an adapter from every component; the last one takes the LoRA layers with it."""
-    for module in lora_components(pipe).values():
-        if adapter in getattr(module, "peft_config", {}):
-            deactivate([module], adapter)
-            delete_adapter_layers(module, adapter)
-        # also where diffusers, after a load that failed, has deleted the adapter and left its layers
-        if not getattr(module, "peft_config", None) and adapted_layers([module]):
-            recurse_remove_peft_layers(module)
-            module._hf_peft_config_loaded = False
-
-
-def _write(file: LoraFile, path: Path) -> Path:
+def write_lora(file: LoraFile, path: Path) -> Path:
+    """Write a file as safetensors, whole or not at all; the same tensors give the same bytes."""
     metadata = {"format": "pt"} | {f"{ABOUT}{key}": value for key, value in file.about.items()}
     if file.metadata is not None:
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(file.metadata, indent=2, sort_keys=True)
@@ -307,47 +226,13 @@ def _write(file: LoraFile, path: Path) -> Path:
     return path
 
 
-def _check_arrived(file: LoraFile, components: Mapping[str, Any], adapter: str) -> tuple[str, ...]:
-    found = {n: m for n, m in components.items() if adapter in getattr(m, "peft_config", {})}
-    tensors = [t for m in found.values() for t in get_peft_model_state_dict(m, adapter_name=adapter).values()]
-    given = [t for key, t in file.tensors.items() if not key.endswith(".alpha")]
-    where = file.path or "the given tensors"
-    short = not tensors if file.foreign else len(tensors) != len(given)
-    if short:
-        raise ValueError(
-            f"all tensors of a LoRA must load, got {len(tensors)} of {len(given)} from {where}; "
-            f"the file belongs to another model, or names layers that {', '.join(components)} lack"
-        )
-    size, expected = _squares(tensors), _squares(given)
-    # a network in bfloat16 rounds each value by at most 2^-9
-    if not file.foreign and abs(size - expected) > 1e-2 * expected:
-        raise ValueError(
-            f"a LoRA must load with its own values, got a sum of squares of {size:g} for {expected:g} from {where}; "
-            "the adapter was initialised, not read"
-        )
-    return tuple(found)
+def check_target(path: str | Path) -> Path:
+    """Return where a LoRA is to be written.
 
-
-def _squares(tensors: list[Tensor]) -> float:
-    return sum(float(t.detach().double().square().sum()) for t in tensors)
-
-
-def _check_target(path: str | Path) -> Path:
+    Raises:
+        ValueError: for another suffix than safetensors'.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"a LoRA is saved as *.safetensors, got {path.name!r}; change the suffix")
     return path
-
-
-def _plain(value: Any) -> Any:
-    """Return a configuration as JSON can hold it: sets become sorted lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return value
-
-
-def _loaded(pipe: Any) -> str:
-    names = sorted({n for m in lora_components(pipe).values() for n in getattr(m, "peft_config", {})})
-    return f"loaded are {', '.join(names)}" if names else "none is loaded"

@@ -11,18 +11,20 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, Json, PositiveFloat, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
-from stablediffusion.adapters.files import LoraFile, load_lora, read_lora, remove_adapter
+from stablediffusion.adapters import files
+from stablediffusion.adapters.files import LoraFile
+from stablediffusion.adapters.loading import files_of, load_lora, remove_adapter
+from stablediffusion.adapters.networks import check_network
 from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_unfused, freeze
-from stablediffusion.pipelines.components import denoiser_of, denoisers_of, lora_components, text_encoders_of
+from stablediffusion.pipelines.components import denoisers_of, lora_components, text_encoders_of
 from stablediffusion.pipelines.identity import base_identity, same_base
 
-Source = str | Path | Mapping[str, Tensor] | nn.Module | None
+Source = files.Source | Mapping[str, files.Source] | nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,16 @@ class Members:
     Args:
         pipe: the pipeline that carries the adapters.
         members: the members.
+
+    Attributes:
+        adapters: those of the members that are adapters.
     """
 
     def __init__(self, pipe: Any, members: Mapping[str, Member]) -> None:
         self.pipe, self._members = pipe, dict(members)
-        adapters = [m.adapter for m in self._members.values() if m.adapter is not None]
-        self.switch = AdapterSwitch(denoisers_of(pipe).values(), adapters)
-        self.text_switch = AdapterSwitch(text_encoders_of(pipe).values(), adapters)
+        self.adapters = tuple(m.adapter for m in self._members.values() if m.adapter is not None)
+        self.switch = AdapterSwitch(denoisers_of(pipe).values(), self.adapters)
+        self.text_switch = AdapterSwitch(text_encoders_of(pipe).values(), self.adapters)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +115,8 @@ class Members:
         """Return the members for ``pipe``, which shares the networks they were loaded on, as it is now.
 
         Raises:
-            ValueError: an adapter that is gone, fused adapters or projections, or a cache.
+            ValueError: an adapter that is gone, fused adapters or projections, a cache, or a whole network that does
+                not answer as the pipeline's own.
         """
         components = lora_components(pipe)
         check_unfused(pipe, components.values())
@@ -121,6 +127,8 @@ class Members:
                     f"member {member.name!r} needs its adapter in {type(pipe).__name__}, got "
                     f"{', '.join(sorted(loaded)) or 'no adapter'}; call load_members on this pipeline again"
                 )
+            if member.module is not None:
+                check_network(pipe, member.name, member.module, self.adapters)
         return Members(pipe, self._members)
 
     def remove(self) -> None:
@@ -138,15 +146,17 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
 
     Args:
         pipe: a diffusers pipeline.
-        sources: name -> LoRA file, folder or hub id; tensors by name; a whole network of the denoiser's
-            interface; or None for an adapter of that name which is loaded already.
+        sources: name -> LoRA file, folder or hub id; tensors by name; a file for each of some components, by the
+            component's name (``{"transformer": high, "transformer_2": low}`` for Wan 2.2, see ``load_lora``); a whole
+            network of the denoiser's interface; or None for an adapter of that name which is loaded already.
 
     Returns:
         the members, in this order.
 
     Raises:
-        ValueError: no member, a name that is taken, "base" or with a "."; an adapter that did not load, or whose file
-            names another base than this pipeline's. None is left behind then.
+        ValueError: no member, a name that is taken, "base" or with a "."; an adapter that did not load whole, or whose
+            file names another base than this pipeline's; a network that cannot stand in for the denoiser. None is left
+            behind then.
     """
     if not sources:
         raise ValueError("a blend needs at least one member, got none; give {'name': 'lora.safetensors'}")
@@ -157,11 +167,13 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
     restore = activity_of(components.values())
     members: dict[str, Member] = {}
     added: list[str] = []
+    denoisers = denoisers_of(pipe)
     # computed for the first member that names its base, once for all
-    identity = functools.cache(lambda: base_identity(denoiser_of(pipe)[1]))
+    identity = functools.cache(lambda component: base_identity(denoisers[component]))
     try:
         for name, source in sources.items():
             if isinstance(source, nn.Module):
+                check_network(pipe, name, source, [n for n in sources if sources[n] is None])
                 members[name] = Member(name, module=source)
                 continue
             known: dict[str, Any] = {}
@@ -170,9 +182,11 @@ def load_members(pipe: Any, sources: Mapping[str, Source]) -> Members:
                 if not where:
                     raise ValueError(f"a member without a source must be loaded, got {name!r}; give its LoRA file")
             else:
-                file = read_lora(source)
-                known = _known(name, file, identity)
-                where = load_lora(pipe, file, name)
+                given = files_of(source, components)
+                for component, file in given:
+                    first = component if component in denoisers else next(iter(denoisers))
+                    known = _known(name, file, functools.partial(identity, first)) | known
+                where = load_lora(pipe, {c: file for c, file in given if c} or given[0][1], name)
                 added.append(name)
             encoders = tuple(c for c in where if c.startswith("text"))
             members[name] = Member(name, adapter=name, text_encoders=encoders, **known)

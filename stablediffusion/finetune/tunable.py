@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdeblend.finetune.model import Condition
-from stablediffusion.adapters.files import ABOUT, read_lora, save_lora
+from stablediffusion.adapters.files import ABOUT, read_lora
+from stablediffusion.adapters.loading import save_lora
 from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_unfused
 from stablediffusion.pipelines.components import denoiser_of, lora_components
 from stablediffusion.pipelines.families import text_to_image

@@ -36,12 +36,17 @@ def load_pipeline(path: str, dtype: torch.dtype, *, what: str) -> Any:
 
 
 @contextmanager
-def no_false_alarms() -> Iterator[None]:
-    """Silence base weights "newly initialised" (a test compares them), files for one component, other adapters."""
+def no_false_alarms(*, checked: bool = False) -> Iterator[None]:
+    """Silence base weights "newly initialised" (a test compares them), files for one component, other adapters.
+
+    Args:
+        checked: silence diffusers too, where what it warns of is checked here and refused.
+    """
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     other = diffusers_logging.get_verbosity()
     logging.set_verbosity_error()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # its errors are raised as well
+    if checked:
+        diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)  # its errors are raised as well
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from stablediffusion.adapters.files import remove_adapter, save_lora
+from stablediffusion.adapters.loading import remove_adapter, save_lora
 from stablediffusion.pipelines.components import denoisers_of, text_encoders_of
 from stablediffusion.testing.networks import seeded
 

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from stablediffusion import convert_lora, load_lora, read_lora, save_lora
-from stablediffusion.adapters.files import remove_adapter
+from stablediffusion.adapters.loading import remove_adapter
 from stablediffusion.pipelines.components import lora_components
 from stablediffusion.testing import FAMILIES, TASKS, tiny_call, tiny_lora, tiny_pipeline
 
@@ -117,12 +117,12 @@ def test_what_cannot_load_is_refused_and_leaves_nothing(tmp_path):
         (path, "a.b", "without"),
         (tmp_path / "none.safetensors", "a", "does not exist"),
         ({"unet.conv_in.weight": torch.ones(1)}, "a", "contain 'lora'"),
-        (partial, "a", "all tensors|Error"),
+        (partial, "a", "without their partner"),
         (damaged, "a", "whole safetensors file"),
         (tiny_lora(other, tmp_path / "x" / "xl.safetensors", seed=1, target="text-encoder"), "a", "must address"),
     ]
     sizes = dict(read_lora(tiny_lora(other, tmp_path / "x" / "unet.safetensors", seed=1)).tensors)
-    cases.append((sizes, "a", "must fit"))
+    cases.append((sizes, "a", "must fit|must load whole"))
     for source, name, message in cases:
         with pytest.raises(ValueError, match=message):
             load_lora(pipe, source, name)
@@ -131,7 +131,7 @@ def test_what_cannot_load_is_refused_and_leaves_nothing(tmp_path):
     # also where another adapter is loaded, which diffusers' own clean-up would activate
     for layer in layers(pipe, "a"):
         layer.set_adapter([])
-    with pytest.raises(ValueError, match="must fit"):
+    with pytest.raises(ValueError, match="must fit|must load whole"):
         load_lora(pipe, sizes, "b")
     assert not any(layer.active_adapters for layer in layers(pipe, "a"))
     with pytest.raises(ValueError, match="must be new"):
