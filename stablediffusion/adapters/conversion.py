@@ -142,27 +142,24 @@ class _Rows:
 
 def _found(rows: Tensor, pool: _Pool, tolerance: float) -> Tensor | None:
     """Return which rows of the file a layer's rows are, plain or already times their scale; None if they are none."""
+    both = (pool.values, pool.values * pool.scale[:, None])
     norms = rows.norm(dim=1)
     first = int(norms.argmax())
-    alike = _directions(pool.values) @ (rows[first] / norms[first])
-    near = (alike > 1 - 8 * tolerance**2 - 1e-9).nonzero()[:, 0]
-    # of twins, one that no layer has yet
-    order = (alike[near] - pool.covered[near].double()).argsort(descending=True)
-    for row in near[order][:_TRIES].tolist():
-        start = row - first
+    near = torch.stack([(values - rows[first]).norm(dim=1) for values in both]).amin(0) <= 8 * tolerance * norms[first]
+    row = near.nonzero()[:, 0]
+    # of twins, one that no layer has yet, and whole layers before parts
+    order = (2 * pool.covered[row].int() + (row - first != pool.start[row]).int()).argsort(stable=True)
+    for start in (row[order][:_TRIES] - first).tolist():
         index = torch.arange(start, start + len(rows))
-        inside = start >= 0 and start + len(rows) <= len(pool.values)
-        if inside and bool((pool.place[index] == pool.place[row]).all()) and _same(rows, pool, index, tolerance):
+        inside = start >= 0 and start + len(rows) <= len(pool.values) and pool.place[start] == pool.place[index[-1]]
+        if inside and any(not _far(rows, values[index], tolerance) for values in both):
             return index
     # turned around, or put together
-    directions = _directions(pool.values).float()
-    index = torch.cat([(part.float() @ directions.T).argmax(1) for part in rows.split(_CHUNK)])
-    return index if _same(rows, pool, index, tolerance) else None
-
-
-def _same(rows: Tensor, pool: _Pool, index: Tensor, tolerance: float) -> bool:
-    of_file = pool.values[index]
-    return not (_far(rows, of_file, tolerance) and _far(rows, of_file * pool.scale[index, None], tolerance))
+    for values in both:
+        index = torch.cat([torch.cdist(part.float(), values.float()).argmin(1) for part in rows.split(_CHUNK)])
+        if not _far(rows, values[index], tolerance):
+            return index
+    return None
 
 
 def _far(one: Tensor, other: Tensor, tolerance: float) -> bool:
@@ -173,10 +170,6 @@ def _projected(change: Change) -> Tensor:
     """Return the rows of B A on a few directions, (out, probes), float64."""
     down, up = change.down.flatten(1).double(), change.up.flatten(1).double()
     return up @ (down @ _probes(down.shape[1]))
-
-
-def _directions(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
 @functools.cache

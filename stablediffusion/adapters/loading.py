@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import cpu_offload
@@ -88,11 +88,11 @@ def files_of(source: Source | Mapping[str, Source], components: Mapping[str, Any
         ValueError: for a component that the pipeline lacks.
     """
     if not isinstance(source, Mapping) or all(isinstance(value, Tensor) for value in source.values()):
-        return [(None, read_lora(source))]
+        return [(None, read_lora(cast(Source, source)))]
     for component in source:
         if component not in components:
             raise ValueError(f"files must be for some of {', '.join(components)}, got one for {component!r}; rename it")
-    return [(component, read_lora(file)) for component, file in source.items()]
+    return [(component, read_lora(cast(Source, file))) for component, file in source.items()]
 
 
 def save_lora(
@@ -226,7 +226,7 @@ def _inject(pipe: Any, component: str, module: Any, changes: dict[str, Change], 
             name: change if change.bias is not None else replace(change, bias=change.up.new_zeros(len(change.up)))
             for name, change in changes.items()
         }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, change in changes.items():
         tensors |= {f"{component}.{name}.{end}": value for end, value in _tensors(change).items()}
     settings = {f"{component}.{key}": value for key, value in settings_of(changes).items()}

@@ -69,7 +69,7 @@ def check_network(pipe: Any, name: str, network: nn.Module, members: Collection[
         raise _refused(
             name, "have the adapters that belong to the base", f"no {min(background)}", "load it into that network too"
         )
-    config, other = ({k: v for k, v in dict(part.config).items() if _outer(k)} for part in (own, network))
+    config, other = (_outer(part) for part in (own, network))
     differ = sorted(key for key in {*config, *other} if config.get(key) != other.get(key))
     if differ:
         told = ", ".join(f"{key} {other.get(key)} for {config.get(key)}" for key in differ[:3])
@@ -87,8 +87,9 @@ def check_network(pipe: Any, name: str, network: nn.Module, members: Collection[
         )
 
 
-def _outer(key: str) -> bool:
-    return not key.startswith("_") and key not in _INSIDE
+def _outer(network: Any) -> dict[str, Any]:
+    """Return the settings that a call of the network depends on."""
+    return {key: value for key, value in network.config.items() if not key.startswith("_") and key not in _INSIDE}
 
 
 def _refused(name: str, required: str, given: str, advice: str) -> ValueError:
