@@ -6,9 +6,13 @@
     images = stack.decode(solution.samples)
 
 Each member is guided by itself, S = S_neg + g (S_pos - S_neg), and converted from what the network predicts to a
-score; with coefficients that sum to one the order does not matter. For flow models (SD 3, Flux) the score comes from
-the velocity: the same marginals, sampled by an SDE where the pipeline itself follows the ODE. The state is
-float32 or float64 whatever the network's dtype.
+score; with coefficients that sum to one the order does not matter. For flow models the score comes from the velocity:
+the same marginals, sampled by an SDE where the pipeline itself follows the ODE. The state is float32 or float64
+whatever the network's dtype.
+
+What a pipeline does to a guided prediction besides is no part of its score: Qwen-Image brings it to the norm of the
+positive prompt's prediction, token by token, which is no blend of its branches, and its pipeline's images differ by
+that.
 
 Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algorithm 1.
 """
@@ -16,7 +20,6 @@ Source: Ho and Salimans 2207.12598 (guidance); Diffusion Blend 2505.18547, Algor
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +34,11 @@ from stablediffusion.adapters.members import Members
 from stablediffusion.adapters.soups import SOUPS
 from stablediffusion.blending.denoiser import Denoiser
 from stablediffusion.pipelines.components import denoiser_of
-from stablediffusion.pipelines.families import text_to_image
+from stablediffusion.pipelines.families import Text, text_to_image
 from stablediffusion.pipelines.inputs import (
     denoiser_arguments,
     encode_prompts,
+    guidance_weight,
     guided,
     image_size,
     images_of,
@@ -47,13 +51,14 @@ class PipelineScore(ScoreStack):
     """A text-to-image pipeline's base (member 0) and members as guided scores on latents.
 
     Args:
-        pipe: SD 1.5, SD 2.1, SDXL, SD 3 or Flux, text to image.
+        pipe: text to image, of a family with a row in ``stablediffusion.pipelines.families``.
         prompt: one, or several.
         members: what ``load_members`` returned; None for the base alone.
-        guidance_scale: g of classifier-free guidance; 1 is none, at half the cost.
+        guidance_scale: of classifier-free guidance, as the pipeline counts it; no guidance (1, Z-Image: 0) is half the
+            cost. By default the pipeline's own.
         negative_prompt: one, or one a prompt.
         images: per prompt; the batch is prompts times images.
-        embedded_guidance: what a guidance-distilled Flux takes as input.
+        embedded_guidance: what a guidance-distilled network takes as input, as Flux; by default the pipeline's own.
         height, width: of the images in pixels; the model's own by default.
         batched: adapters side by side in one pass; by default on a CUDA device only.
 
@@ -61,10 +66,11 @@ class PipelineScore(ScoreStack):
         schedule: the forward process the network was trained on.
         prediction: what the network predicts: "eps", "v", "x0" or "flow".
         names: the members' names, the order of the stack after the base; a ``Preference`` weighs it by them.
-        shape: of the state, (B, *event); Flux packs its latents into (B, tokens, channels).
+        shape: of the state, (B, *event); Flux, FLUX.2 and Qwen-Image pack their latents into (B, tokens, channels).
 
     Raises:
-        ValueError: another task, prompts and negative prompts that do not match, or members that cannot run.
+        ValueError: another task or family, prompts and negative prompts that do not match, a size that the network has
+            no tokens for, guidance of a model that takes none, or members that cannot run.
     """
 
     def __init__(
@@ -73,15 +79,15 @@ class PipelineScore(ScoreStack):
         prompt: str | Sequence[str],
         *,
         members: Members | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: str | Sequence[str] = "",
         images: int = 1,
-        embedded_guidance: float = 3.5,
+        embedded_guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
         batched: bool | None = None,
     ) -> None:
-        text_to_image(pipe, "a score on latents")
+        self._family = text_to_image(pipe, "a score on latents")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
         if not prompts or len(negatives) != len(prompts):
@@ -92,26 +98,32 @@ class PipelineScore(ScoreStack):
         chosen = (members or Members(pipe, {})).on(pipe)
         if batched is None:
             batched = len(chosen) > 0 and next(network.parameters()).is_cuda and chosen.adapters_only
-        self.pipe, self.guidance_scale, self.size = pipe, float(guidance_scale), image_size(pipe, height, width)
+        self.pipe, self.size = pipe, image_size(pipe, height, width)
+        self._g = guidance_weight(pipe, guidance_scale)
+        self.guidance_scale = self._g - 1 + self._family.unguided
         self.schedule, self.prediction = schedule_of(pipe)
         self._take(chosen, bool(batched))
         self.dtype, self.device = network.dtype, pipe._execution_device
-        self.branches = 1 if guidance_scale == 1 else 2
+        self.branches = 1 if self._g == 1 else 2
         self._index: Tensor | None = None
+
+        def encoded() -> tuple[list[Text], list[Text]]:
+            found = (encode_prompts(pipe, texts) for texts in (prompts, negatives)[: self.branches])
+            rows = [[text for text in texts for _ in range(images)] for texts in found]
+            return rows[0], rows[1] if self.branches == 2 else []
+
         with torch.no_grad(), chosen.text_switch.borrowed() as switch:
-            base = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
+            base = encoded()
             for member in chosen.text_members:
                 switch.use(str(member.adapter))
-                own = encode_prompts(pipe, prompts, negatives, images, self.branches == 2)
-                self._denoiser.embeddings.record(member.name, base, own)
-        event, self._fixed = denoiser_arguments(pipe, base, self.size, self.branches, embedded_guidance)
-        self.shape = (len(prompts) * images, *event)
+                self._denoiser.embeddings.record(member.name, _tensors(*base), _tensors(*encoded()))
+        self._fixed = denoiser_arguments(pipe, *base, self.size, embedded_guidance)
+        self.shape = (len(prompts) * images, *self._family.event(pipe, self.size))
 
     def _take(self, members: Members, side_by_side: bool) -> None:
         network = denoiser_of(self.pipe)[1]
         self.members, self.names = members, members.names
         self._denoiser = Denoiser(network.forward, network, members, side_by_side=side_by_side)
-        self._state = "sample" if "sample" in inspect.signature(type(network).forward).parameters else "hidden_states"
 
     def __len__(self) -> int:
         return 1 + len(self.members)
@@ -124,17 +136,20 @@ class PipelineScore(ScoreStack):
             t: time, 0-dim float64, t > 0.
             active: positions in the stack.
         """
-        rows = self.branches * self.shape[0]
-        value = float(network_time(self.pipe, self.schedule, t))
-        timestep = torch.full((rows,), value, dtype=torch.float32, device=x.device)
-        # only the shape counts: the rows themselves come with x below
-        placeholder = x.new_empty((1, *x.shape[1:]), dtype=self.dtype).expand(rows, *x.shape[1:])
-        arguments = {self._state: placeholder, "timestep": timestep, "return_dict": False}
+        family, rows = self._family, self.branches * self.shape[0]
+        value = network_time(self.pipe, self.schedule, t)
+        # float32 but for a network of float64
+        times = value.to(x.device, torch.promote_types(self.dtype, torch.float32)).expand(rows)
+        state = family.given(x.to(self.dtype))
+        # only the shape counts: the rows themselves come with the state below
+        placeholder: Any = state[:1].new_empty(1).expand(rows, *state.shape[1:])
+        placeholder = list(placeholder) if family.listed else placeholder
+        arguments = {family.time_name: times, "return_dict": False}
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), self.members.switch.borrowed():
-            stack = self._denoiser.bind((), self._fixed | arguments, self.shape[0])
+            stack = self._denoiser.bind((placeholder,), self._fixed | arguments, self.shape[0])
             stack = stack if self._index is None else stack.rows(self._index)
-            branched = x.to(self.dtype).unsqueeze(1).expand(-1, self.branches, *x.shape[1:])
-            out = guided(stack(branched, t, active).to(x.dtype), self.guidance_scale, 2)
+            branched = state.unsqueeze(1).expand(-1, self.branches, *state.shape[1:])
+            out = guided(family.predicted(stack(branched, t, active)).to(x.dtype), self._g, 2)
         p, q = conversion(self.schedule, t, self.prediction, "score")
         return float(p) * x + float(q) * out
 
@@ -177,6 +192,11 @@ class PipelineScore(ScoreStack):
             images = images_of(self.pipe, latents, self.size)
         plain = [False] * len(images)
         return self.pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=plain)
+
+
+def _tensors(*parts: Sequence[Text]) -> list[Tensor]:
+    """Return each kind of embedding of each part, one a row."""
+    return [torch.stack([text[name] for text in texts]) for texts in parts if texts for name in texts[0]]
 
 
 @contextmanager

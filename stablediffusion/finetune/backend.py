@@ -51,9 +51,9 @@ class PipelineSettings(ModelSettings):
     rank: int = 4
     alpha: float | None = None
     layers: tuple[Layers, ...] = ("attention",)
-    guidance: float = 1.0
+    guidance: float | None = None
     negative: str = ""
-    embedded_guidance: float = 3.5
+    embedded_guidance: float | None = None
     height: int | None = None
     width: int | None = None
     checkpointing: bool = False

@@ -38,24 +38,35 @@ from stablediffusion.adapters.switch import AdapterSwitch, activity_of, check_un
 from stablediffusion.pipelines.components import denoiser_of, lora_components
 from stablediffusion.pipelines.families import text_to_image
 from stablediffusion.pipelines.identity import base_identity, same_base
-from stablediffusion.pipelines.inputs import denoiser_arguments, guided, image_size, images_of, network_time
+from stablediffusion.pipelines.inputs import (
+    denoiser_arguments,
+    guidance_weight,
+    guided,
+    image_size,
+    images_of,
+    network_time,
+)  # fmt: skip
 from stablediffusion.pipelines.loading import no_false_alarms
 from stablediffusion.pipelines.prompts import Draw, Encoder, PromptCondition, prompt_source
 from stablediffusion.pipelines.schedulers import schedule_of
 
 Layers = Literal["attention", "feed-forward", "convolutions"]
 _TARGETS: dict[str, tuple[str, ...]] = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed-forward": ("ff.net.0.proj", "ff.net.2"),
+    # FLUX.2's single blocks have attention and feed-forward layer in one
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"),
+    "feed-forward": (
+        "ff.net.0.proj", "ff.net.2", "ff.linear_in", "ff.linear_out",
+        "img_mlp.net.0.proj", "img_mlp.net.2", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+    ),
     "convolutions": ("conv1", "conv2", "conv_shortcut"),
-}
+}  # fmt: skip
 ADAPTER = "tuned"
 # Of the rows that fit without a gradient, one in this many with what is kept for it.
 _GRADED = 4
 
 
 class PipelineTunable:
-    """Base and LoRA of a text-to-image pipeline: Stable Diffusion 1 and 2, SDXL, SD 3, Flux.
+    """Base and LoRA of a text-to-image pipeline, of a family with a row in ``stablediffusion.pipelines.families``.
 
     The pipeline's networks are frozen, and it draws as before: the adapter is active in ``tuned`` only.
 
@@ -65,9 +76,10 @@ class PipelineTunable:
         rank: of the factors.
         alpha: the change of a weight is ``alpha / rank`` B A; the rank by default.
         layers: which get an adapter.
-        guidance: g; 1 is none, at half the cost.
-        negative: negative prompt for g other than 1.
-        embedded_guidance: what a guidance-distilled Flux takes as input.
+        guidance: scale of classifier-free guidance, as the pipeline counts it; None is none (1, Z-Image: 0), at half
+            the cost.
+        negative: negative prompt for guidance.
+        embedded_guidance: what a guidance-distilled network takes as input, as Flux; by default the pipeline's own.
         height, width: of the images in pixels; the model's own by default.
         checkpointing: compute activations again in the backward pass instead of keeping them.
         batch: rows through the denoiser at once where no gradient is wanted.
@@ -93,9 +105,9 @@ class PipelineTunable:
         rank: int = 4,
         alpha: float | None = None,
         layers: Sequence[Layers] = ("attention",),
-        guidance: float = 1.0,
+        guidance: float | None = None,
         negative: str = "",
-        embedded_guidance: float = 3.5,
+        embedded_guidance: float | None = None,
         height: int | None = None,
         width: int | None = None,
         checkpointing: bool = False,
@@ -105,8 +117,9 @@ class PipelineTunable:
         save_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        text_to_image(pipe, "tuning")
-        branches = 1 if guidance == 1 else 2
+        self._family = text_to_image(pipe, "tuning")
+        self.guidance = guidance_weight(pipe, self._family.unguided if guidance is None else guidance)
+        branches = 1 if self.guidance == 1 else 2
         if graded_batch is None:
             graded_batch = max(1, batch // (branches * (1 if checkpointing else _GRADED)))
         sizes = {"rank": rank, "batch": batch, "graded_batch": graded_batch, "decode_batch": decode_batch}
@@ -117,8 +130,7 @@ class PipelineTunable:
         self.pipe, self.network = pipe, denoiser_of(pipe)[1]
         self.schedule, self.prediction = schedule_of(pipe)
         self.device, self.dtype = torch.device(pipe._execution_device), self.network.dtype
-        self.guidance, self.branches = float(guidance), branches
-        self.embedded_guidance, self.size = embedded_guidance, image_size(pipe, height, width)
+        self.branches, self.embedded_guidance, self.size = branches, embedded_guidance, image_size(pipe, height, width)
         self.checkpointing, self.save_dtype = checkpointing, save_dtype
         self.batch, self.decode_batch = batch, decode_batch
         self.graded_batch: int | None = graded_batch
@@ -133,9 +145,7 @@ class PipelineTunable:
         self._active: tuple[str, ...] = ()
         if checkpointing:
             self.network.enable_gradient_checkpointing(self._checkpointed)
-        self.event = denoiser_arguments(
-            pipe, self._encode([""]).of_rows(), self.size, self.branches, embedded_guidance
-        )[0]
+        self.event = self._family.event(pipe, self.size)
 
     def tuned(self, x: Tensor, t: Tensor, condition: Condition | None, /) -> Tensor:
         """Return the guided prediction with the adapter, (B, *event), at x (B, *event) and times t (B,) float64."""
@@ -178,7 +188,8 @@ class PipelineTunable:
 
     def save(self, path: Path, metadata: Mapping[str, str], /) -> Path:
         """Write the adapter as ``load_members`` reads it, with string metadata named ``sdeblend.*``."""
-        about = {key.removeprefix(ABOUT): value for key, value in metadata.items()} | {"guidance": repr(self.guidance)}
+        about = {key.removeprefix(ABOUT): value for key, value in metadata.items()}
+        about["guidance"] = repr(self.guidance - 1 + self._family.unguided)  # as the pipeline counts it
         return save_lora(self.pipe, path, ADAPTER, about=about, dtype=self.save_dtype)
 
     def load(self, path: str | Path) -> None:
@@ -220,13 +231,16 @@ class PipelineTunable:
         if len(x) > self.batch and not torch.is_grad_enabled():
             parts = torch.arange(len(x)).split(self.batch)
             return torch.cat([self._predict(x[i], t[i], condition.rows(i), adapters) for i in parts])
-        _, arguments = denoiser_arguments(
-            self.pipe, condition.of_rows(), self.size, self.branches, self.embedded_guidance
-        )
+        family = self._family
+        arguments = denoiser_arguments(self.pipe, *condition.of_rows(), self.size, self.embedded_guidance)
         times = network_time(self.pipe, self.schedule, t).to(self.device, torch.float32).repeat(self.branches)
-        sample = x.to(self.dtype).repeat(self.branches, *[1] * (x.ndim - 1))
+        state = family.given(x.to(self.dtype))
+        rows: Any = state.repeat(self.branches, *[1] * (state.ndim - 1))
+        rows = list(rows) if family.listed else rows
+        arguments |= {family.time_name: times, "return_dict": False}
         with self._using(adapters):
-            out = self.network(sample, timestep=times, return_dict=False, **arguments)[0].to(x.dtype)
+            out = self.network(rows, **arguments)[0]
+        out = family.predicted(torch.stack(out) if family.listed else out).to(x.dtype)
         return guided(out.unflatten(0, (self.branches, -1)), self.guidance, 0)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Generate images from a blend of LoRA members on a Stable Diffusion, SDXL, SD 3 or Flux model.
+"""Generate images from a blend of LoRA members on a text-to-image model.
 
     sdeblend generate --weights compress=0.3,vivid=0.7 --prompt "a red circle on a blue background"
     sdeblend generate --model FOLDER|ID --member compress=PATH --member vivid=PATH \

@@ -33,8 +33,8 @@ class Options(Settings):
         images: a point, from seed, seed + 1, ...
         steps: of the scheduler
         eta: noise of DDIM; a certificate needs more than 0
-        guidance: guidance scale; 1 is none; by default 7.5, or the bundled model's 1.5
-        scheduler: flow models (SD 3, Flux) keep their own
+        guidance: guidance scale as the pipeline counts it; by default its own, or the bundled model's 1.5
+        scheduler: flow models keep their own
         seed: of the first image
         sweep: NAME=FROM:TO:COUNT, one row of images for each weight of a member
         height, width: of the images in pixels; the model's own by default
@@ -103,7 +103,7 @@ def read_options(argv: Sequence[str], prog: str, summary: str) -> Options:
         raise ValueError(f"--{error}") from None
     bundled = options.model == BUNDLED
     own = {name: BUNDLED for name in weights if bundled and name not in options.member}
-    guidance = options.guidance if options.guidance is not None else GUIDANCE if bundled else 7.5
+    guidance = GUIDANCE if bundled and options.guidance is None else options.guidance
     options = options.changed(member=options.member | own, guidance=guidance)
     unknown = [name for name in weights if name not in options.member]
     if unknown:

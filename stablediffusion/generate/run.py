@@ -10,7 +10,6 @@ point it lists is not computed again.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 from pathlib import Path
@@ -28,6 +27,8 @@ from stablediffusion.adapters.members import Members, load_members
 from stablediffusion.blending.attach import blend
 from stablediffusion.blending.knobs import Knobs
 from stablediffusion.generate.options import BUNDLED, Options
+from stablediffusion.pipelines.families import call_parameters, draws_from_text
+from stablediffusion.pipelines.inputs import call_guidance
 from stablediffusion.pipelines.loading import load_pipeline
 from stablediffusion.small.files import MODEL, bundled_member
 
@@ -90,6 +91,7 @@ class Run:
             raise ValueError(f"--device must be one that torch can use here, got {o.device!r}; try cpu") from error
         source = MODEL if o.model == BUNDLED else o.model
         pipe = load_pipeline(str(source), getattr(torch, o.dtype), what="--model")
+        draws_from_text(pipe, "--model")
         if o.scheduler != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
             # clipping is a default of these classes and wrong on latents
             extra = {} if o.scheduler == "euler-a" else {"clip_sample": False}
@@ -109,26 +111,33 @@ class Run:
 
         call = {
             "prompt": o.prompt,
-            "negative_prompt": o.negative,
             "num_images_per_prompt": o.images,
             "num_inference_steps": o.steps,
-            "guidance_scale": o.guidance,
             "eta": o.eta,
             "height": o.height,
             "width": o.width,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "callback_on_step_end": tick,
         }
-        known = inspect.signature(pipe.__call__).parameters
+        known = call_parameters(pipe)
+        guidance, negated = call_guidance(pipe, o.guidance)
+        negated = negated and "negative_prompt" in known
+        if o.negative and not negated:
+            scales = ", ".join(f"{name}={value:g}" for name, value in guidance.items()) or "no guidance"
+            raise ValueError(
+                f"--negative needs a pipeline that takes it, got {type(pipe).__name__} with {scales}; drop it"
+            )
+        call = {name: value for name, value in call.items() if name in known} | guidance
+        call |= {"negative_prompt": o.negative} if negated else {}
         with blend(pipe, members, preference, mode=o.mode, correct=correct, seed=o.seed) as knobs:
-            images = pipe(**{name: value for name, value in call.items() if name in known}).images
+            images = pipe(**call).images
             result = _result(knobs)
         files = [f"point-{k:03d}-seed-{seed}.png" for seed in seeds]
         for name, image in zip(files, images, strict=True):
             write_atomically(self.out / name, encoded(image))
         coefficients = preference.coefficients(members.names).tolist()
         named = dict(zip(("base", *members.names), coefficients, strict=True))
-        made_by = {"device": str(pipe.device), "versions": versions(_PACKAGES)}
+        made_by = {"device": str(pipe.device), "versions": versions(_PACKAGES), "guidance": guidance}
         self.record["results"][str(k)] = {"coefficients": named, "seeds": seeds, "files": files} | made_by | result
         write_atomically(self.out / "run.json", json.dumps(self.record, indent=2, allow_nan=False) + "\n")
 
@@ -139,11 +148,12 @@ class Run:
         o, results = self.options, [self.record["results"][str(k)] for k in range(len(self.preferences))]
         # resampled images descend from others: a column is then no seed
         what = "image" if o.correct == "resample" else "seed"
+        scales = [f"{name.replace('_', ' ')} {value:g}" for name, value in results[0].get("guidance", {}).items()]
         sheet = contact_sheet(
             [[Image.open(self.out / name) for name in result["files"]] for result in results],
             rows=["\n".join(f"{name} {w:.3g}" for name, w in point.items()) for point in self.record["points"]],
             columns=[f"{what} {seed}" for seed in results[0]["seeds"]],
-            title=f"{o.prompt}\nmode {o.mode}, strength {o.strength:g}, guidance {o.guidance:g}",
+            title=", ".join([f"{o.prompt}\nmode {o.mode}", f"strength {o.strength:g}", *scales]),
             zoom=1,
         )
         return encoded(sheet)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stablediffusion.pipelines.families import Text
 from stablediffusion.pipelines.inputs import encode_prompts
 
 Draw = Callable[[int, torch.Generator], Sequence[str]]
@@ -27,26 +28,28 @@ class PromptCondition:
 
     Attributes:
         prompts: one a row.
-        embeddings: (positive, negative, pooled positive, pooled negative) of the distinct prompts, None where the
-            pipeline has none; (U, tokens, width) and (U, width).
+        texts: embeddings of the distinct prompts.
         which: row -> distinct prompt, long (B,).
+        negative: embeddings of the negative prompt, None without guidance.
     """
 
     prompts: tuple[str, ...]
-    embeddings: tuple[Tensor | None, ...]
+    texts: Sequence[Text]
     which: Tensor
+    negative: Text | None = None
 
     def rows(self, index: Tensor) -> PromptCondition:
         """Return the condition of the rows ``index``, long (N,), repeated rows allowed."""
         prompts = tuple(self.prompts[i] for i in index.tolist())
-        return PromptCondition(prompts, self.embeddings, self.which[index.to(self.which.device)])
+        return PromptCondition(prompts, self.texts, self.which[index.to(self.which.device)], self.negative)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def of_rows(self) -> tuple[Tensor | None, ...]:
-        """Return the embeddings one a row, (B, ...)."""
-        return tuple(None if e is None else e[self.which] for e in self.embeddings)
+    def of_rows(self) -> tuple[list[Text], list[Text]]:
+        """Return the embeddings of prompts and of negative prompts, one a row; none of these without guidance."""
+        texts = [self.texts[k] for k in self.which.tolist()]
+        return texts, [] if self.negative is None else [self.negative] * len(texts)
 
 
 class Encoder:
@@ -59,24 +62,23 @@ class Encoder:
     """
 
     def __init__(self, pipe: Any, negative: str, guided: bool) -> None:
-        self.pipe, self.negative, self.guided = pipe, negative, guided
-        self._known: dict[str, tuple[Tensor | None, ...]] = {}
+        self.pipe = pipe
+        self._known: dict[str, Text] = {}
+        self._negative = self._one(negative) if guided else None
 
     def __call__(self, prompts: Sequence[str]) -> PromptCondition:
         """Return the condition of these prompts, one a row."""
         distinct = list(dict.fromkeys(prompts))
-        each = [self._one(prompt) for prompt in distinct]
-        together = tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*each, strict=True))
         place = {prompt: k for k, prompt in enumerate(distinct)}
-        which = torch.tensor([place[prompt] for prompt in prompts], device=self.pipe._execution_device)
-        return PromptCondition(tuple(prompts), together, which)
+        which = torch.tensor([place[prompt] for prompt in prompts])
+        return PromptCondition(tuple(prompts), [self._one(prompt) for prompt in distinct], which, self._negative)
 
     @torch.no_grad()
-    def _one(self, prompt: str) -> tuple[Tensor | None, ...]:
+    def _one(self, prompt: str) -> Text:
         if prompt not in self._known:
             if len(self._known) >= _REMEMBERED:
                 del self._known[next(iter(self._known))]
-            self._known[prompt] = encode_prompts(self.pipe, [prompt], [self.negative], 1, self.guided)
+            self._known[prompt] = encode_prompts(self.pipe, [prompt])[0]
         return self._known[prompt]
 
 

@@ -131,6 +131,7 @@ def chat_tokenizer(opened: bool = False) -> Qwen2Tokenizer:
         bos_token=_OPEN,
         add_bos_token=opened,
         additional_special_tokens=[_CLOSE],
+        model_max_length=T5_LENGTH,
     )
     bare, spaced = (words.split() for words in _WORDS)
     tokenizer.add_tokens(["<Prompt Start>", *bare, *(f" {word}" for word in spaced)])

@@ -85,8 +85,8 @@ class RewardRegression(Trainer):
         model, settings = self.model, self.settings
         if model.guidance != 1:
             raise ValueError(
-                "regression needs a base that predicts the score of its own samples, which takes guidance = 1, got "
-                f"{model.guidance:g}; set it to 1, or choose another trainer"
+                "regression needs a base that predicts the score of its own samples, which takes no guidance, got "
+                f"g = {model.guidance:g}, where 1 is none; leave guidance out, or choose another trainer"
             )
         ends = model.schedule.log_snr(self.grid[[0, -2]]).tolist()
         self.range = max(settings.low, ends[0]), min(settings.high, ends[1])

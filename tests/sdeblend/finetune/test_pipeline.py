@@ -88,7 +88,7 @@ def test_regression_refuses_guidance():
         kind = TRAINERS[name]
         guided = lambda kind=kind: kind(tunable(guidance=3.0), REWARD, kind.settings_class(steps=3))  # noqa: E731
         if name == "regression":
-            refuses(guided, "takes guidance = 1, got 3", "choose another trainer")
+            refuses(guided, "takes no guidance, got g = 3", "choose another trainer")
         else:
             assert guided().calibrated
 

@@ -34,7 +34,7 @@ def seeded(seed=0):
 
 
 def tunable(family="sd15", pipe=None, **options):
-    layers = EVERY if family.startswith("sd15") else ("attention",)
+    layers = EVERY if family.startswith("sd15") else EVERY[:2]
     pipe = pipe or tiny_pipeline(family, seed=1)
     return PipelineTunable(pipe, PROMPTS, **({"layers": layers, "height": 16, "width": 16} | options))
 
@@ -76,7 +76,7 @@ def test_predictions_of_every_family(family, guidance):
     assert torch.equal(model.base(x, t, condition), base)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "flux2-klein", "qwen-image", "z-image"])
 def test_predictions_are_those_of_the_score_on_latents(family):
     model = tunable(family, guidance=3.0, negative="a ring")
     x, _, _ = batch(model, 1, 2)
@@ -147,12 +147,16 @@ def test_untrained_chain_is_the_pipelines_own_ddim(family, guidance):
     assert np.abs(control.permute(0, 2, 3, 1).numpy() - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_one_iteration_of_each_trainer(name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(name, "sd15") for name in TRAINERS]
+    + [("regression", "z-image"), ("backprop", "qwen-image"), ("ddpo", "flux2-klein")],
+)
+def test_one_iteration_of_each_trainer(name, family):
     """Changes the adapter and nothing else."""
     kind = TRAINERS[name]
     settings = kind.settings_class
-    model = tunable(layers=("attention",))
+    model = tunable(family, layers=("attention",))
     x, t, condition = batch(model)
     base, before = model.base(x, t, condition), {k: p.detach().clone() for k, p in model.trainable().items()}
     reward = WeightedReward({"vivid": image_reward("vivid")})
@@ -168,7 +172,7 @@ def test_one_iteration_of_each_trainer(name):
 METADATA = {"sdeblend.kl_weight": "0.25", "sdeblend.reward": json.dumps({"vivid": 1.0}), "sdeblend.trainer": "ddpo"}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux2-klein", "qwen-image", "z-image"])
 def test_saved_member_is_the_tuned_network(family, tmp_path):
     model = changed(tunable(family, alpha=8.0))
     x, t, condition = batch(model)
@@ -181,7 +185,7 @@ def test_saved_member_is_the_tuned_network(family, tmp_path):
     )
     assert members["a"].kl_weight == 0.25
     assert members["a"].reward == {"vivid": 1.0}
-    assert members["a"].guidance == 1
+    assert members["a"].guidance == model._family.unguided
     assert members["old"].kl_weight is None and members["old"].reward is None
     assert torch.equal(other.base(x, t, condition), model.base(x, t, condition)), "no member is active by itself"
     other.network.set_adapter("a")
@@ -260,15 +264,18 @@ def test_conditions_are_drawn_from_the_source(tmp_path):
     part = condition.rows(torch.tensor([4, 0, 4]))
     assert part.prompts == tuple(condition.prompts[i] for i in (4, 0, 4))
     whole = condition.of_rows()[0]
-    assert torch.equal(part.of_rows()[0], whole[[4, 0, 4]])
+    assert [text is whole[i] for text, i in zip(part.of_rows()[0], (4, 0, 4), strict=True)] == [True] * 3
+    assert whole[0] is whole[1] and not torch.equal(whole[0]["text"], whole[2]["text"])
     fresh = PipelineTunable(tiny_pipeline("sd15", seed=1), lambda n, g: ["a ring"] * n)
     ring = fresh.conditions(2, 1, seeded()).of_rows()[0]
-    assert torch.equal(ring[1], model.condition(["a ring", "a red circle"]).of_rows()[0][0])
+    assert torch.equal(ring[1]["text"], model.condition(["a ring", "a red circle"]).of_rows()[0][0]["text"])
 
 
 def test_what_cannot_be_tuned_is_refused(tmp_path):
     pipe = tiny_pipeline("sd15", "img2img")
     refuses(lambda: PipelineTunable(pipe, PROMPTS), "tuning needs a text-to-image pipeline", "Img2Img")
+    chroma = diffusers.ChromaPipeline.__new__(diffusers.ChromaPipeline)
+    refuses(lambda: PipelineTunable(chroma, PROMPTS), "tuning needs a text-to-image pipeline of", "ChromaPipeline")
     for options, part in (
         ({"rank": 0}, "rank must be"), ({"decode_batch": 0}, "decode_batch"), ({"layers": ()}, "layers must be"),
         ({"layers": ("heads",)}, "layers must be"), ({"prompts": []}, "at least one prompt"),

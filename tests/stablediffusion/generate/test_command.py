@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
+from sdeblend import Preference
 from sdeblend.shell import cli
+from stablediffusion import blend, load_members
 from stablediffusion.generate.command import main
 from stablediffusion.generate.options import sweep_points
 from stablediffusion.generate.run import Run
@@ -210,7 +213,7 @@ def test_resampling_is_recorded(model, tmp_path):
         ({"member": "b=/nowhere.safetensors"}, "new name each time"),
         ({"member": "c=/nowhere.safetensors"}, "does not exist"),
         ({"member": "c={folder}/damaged.safetensors"}, "whole safetensors file"),
-        ({"member": "c={folder}/other.safetensors"}, "must fit"),
+        ({"member": "c={folder}/other.safetensors"}, "must load whole"),
     ],
     ids=str,
 )
@@ -252,11 +255,6 @@ def test_a_sweep_keeps_the_sum_and_the_proportions():
 
 def test_the_record_reproduces_the_image(model, tmp_path):
     """What the file says is enough to make the image again by hand."""
-    from diffusers import DiffusionPipeline
-
-    from sdeblend import Preference
-    from stablediffusion import blend, load_members
-
     main(arguments(model, tmp_path))
     record = json.loads((tmp_path / "run.json").read_text())
     pipe = DiffusionPipeline.from_pretrained(record["settings"]["model"])
@@ -270,3 +268,49 @@ def test_the_record_reproduces_the_image(model, tmp_path):
         ).images[0]
     difference = np.asarray(image).astype(int) - pixels(tmp_path / result["files"][1])
     assert abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "flux2-klein", "qwen-image", "z-image"])
+def test_guidance_is_the_familys_own(family, tmp_path):
+    """As the pipeline draws where nothing is said of guidance; negative prompts are there for those that need one."""
+    pipe = tiny_pipeline(family, seed=1)
+    path = tiny_lora(pipe, tmp_path / "a.safetensors", seed=1)
+    pipe.save_pretrained(tmp_path / "pipe")
+    options = {"model": tmp_path / "pipe", "member": f"a={path}", "weights": "a=0.7", "prompt": "a red circle"}
+    options |= {"images": 1, "steps": 2, "height": 16, "width": 16, "eta": 0, "out": tmp_path / "out"}
+    assert main([f"--{name}={value}" for name, value in options.items()]) == 0
+    call = {"prompt": "a red circle", "num_inference_steps": 2, "height": 16, "width": 16}
+    if family in ("sdxl", "qwen-image"):
+        call["negative_prompt"] = ""
+    if family == "sdxl":
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    with blend(pipe, load_members(pipe, {"a": path}), Preference({"a": 0.7}), correct=None):
+        expected = pipe(generator=torch.Generator().manual_seed(0), **call).images[0]
+    made = pixels(tmp_path / "out" / "point-000-seed-0.png").astype(int)
+    assert abs(made - np.asarray(expected)).max() <= 1
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    name = "true_cfg_scale" if family in ("flux", "qwen-image") else "guidance_scale"
+    assert list(record["results"]["0"]["guidance"]) == [name]
+    with blend(pipe, load_members(pipe, {"b": path}), Preference({"b": 0.7}), correct=None):
+        call |= {name: 9.0} | ({} if family.startswith("flux2") else {"negative_prompt": ""})
+        other = pipe(generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert abs(made - np.asarray(other)).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "options", "message"),
+    [
+        ("flux2-klein", "text2img", {"negative": "blue"}, "--negative needs a pipeline that takes it, got Flux2Klein"),
+        ("flux", "text2img", {"negative": "blue"}, "with true_cfg_scale=1; drop it"),
+        ("sd15", "img2img", {}, "--model needs a text-to-image pipeline, got StableDiffusionImg2Img"),
+        ("wan2.1", "text2img", {}, "--model needs a text-to-image pipeline, got Wan"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(family, task, options, message, tmp_path, monkeypatch):
+    pipe = tiny_pipeline(family, task, seed=1)
+    path = tiny_lora(pipe, tmp_path / "a.safetensors", seed=1)
+    monkeypatch.setattr("stablediffusion.generate.run.load_pipeline", lambda *args, **more: pipe)
+    options |= {"member": f"a={path}", "model": "it", "weights": "a=1", "prompt": "a ring", "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match=message):
+        main([f"--{name}={value}" for name, value in options.items()])
+    assert not (tmp_path / "out").exists()
