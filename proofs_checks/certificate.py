@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proofs_checks.harness.chains import line_nodes, log_transition, member_means, normal_density
+from proofs_checks.harness.chains import divergence, line_chain, line_nodes
 from proofs_checks.harness.check import Figure, Measurement, Outcome, Settings
 from proofs_checks.harness.draw import draw_line, uniform
 from sdeblend import Ancestral, BackwardSDE, Certificate, Solution, VPLinear, solve, time_grid
@@ -163,21 +163,14 @@ def _path(settings: Settings, i: int) -> _Path:
     grid = time_grid(schedule, CHAIN_STEPS, "log-snr", to_zero=False)
     moves = step.plan(schedule, grid)
     nodes = line_nodes(moves)
-    dx, blended, geometric = float(nodes[1] - nodes[0]), normal_density(nodes), normal_density(nodes)
-    spread = 0.0
-    for move in moves:
-        means = member_means(drawn.laws, schedule, move, nodes)
-        log_k = torch.einsum("k,kij->ij", drawn.coefficients, log_transition(nodes, means, move.g**2))
-        log_r = log_transition(nodes, drawn.coefficients @ means, move.g**2)
-        moved = log_r.exp() * blended * dx
-        spread += float((moved * (log_r - log_k)).sum()) * dx
-        blended, geometric = moved.sum(1), log_k.exp() @ geometric * dx
+    dx = float(nodes[1] - nodes[0])
+    *_, (_, blended, geometric, spread) = line_chain(drawn.laws, drawn.coefficients, schedule, moves, nodes)
     normalizer = float(geometric.sum()) * dx
     start = schedule.prior((settings.choose(100_000, 400_000), 1), generator=generator, dtype=torch.float64)
     sde, mean = BackwardSDE(schedule, drawn.blend(schedule)), geometric / normalizer
     certificate = _certificate(solve(sde, start, grid, noise=generator, step=step, correct="certify"))
-    return _Path(spread + math.log(normalizer), _divergence(blended, mean, dx), _entropy(blended, mean),
-                 _divergence(mean, blended, dx), spread, math.log(normalizer), certificate.value,
+    return _Path(spread + math.log(normalizer), divergence(blended, mean, dx), _entropy(blended, mean),
+                 divergence(mean, blended, dx), spread, math.log(normalizer), certificate.value,
                  _part(certificate, 0.5), certificate.standard_error)  # fmt: skip
 
 
@@ -190,12 +183,6 @@ def _part(certificate: Certificate, share: float) -> float:
     """Return the certificate that this share of the spread would give."""
     log_w = -share * certificate.per_sample
     return float(log_w.logsumexp(0)) - math.log(len(log_w)) - float(log_w.mean())
-
-
-def _divergence(p: Tensor, q: Tensor, dx: float) -> float:
-    """Return KL(p || q) of two densities on nodes of spacing dx, where both are above 1e-200."""
-    held = (p > 1e-200) & (q > 1e-200)
-    return float((p[held] * (p[held] / q[held]).log()).sum()) * dx
 
 
 def _entropy(p: Tensor, q: Tensor) -> float:

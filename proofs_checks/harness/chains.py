@@ -11,6 +11,8 @@ is the law of the chain to that error, not an estimate from samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,3 +51,69 @@ def transition(nodes: Tensor, means: Tensor, variance: float) -> Tensor:
 def normal_density(nodes: Tensor) -> Tensor:
     """Return the standard normal density at the nodes, (M,)."""
     return (-nodes.square() / 2).exp() / math.sqrt(2 * math.pi)
+
+
+class Reached(NamedTuple):
+    """A blended chain and the geometric mean of its members' chains after some steps, by quadrature.
+
+    Attributes:
+        t: the time, 0-dim.
+        blended: density of the blended chain at the nodes, (M,).
+        geometric: that of prod_n prod_i R_i^{c_i}, not normalised, (M,).
+        nats: -E[log W] along the blended chain.
+    """
+
+    t: Tensor
+    blended: Tensor
+    geometric: Tensor
+    nats: float
+
+
+def line_chain(
+    laws: list[GaussianMixture], coefficients: Tensor, schedule: NoiseSchedule, moves: list[Move], nodes: Tensor,
+    kappa: float = 0.0, count: int = 0,
+) -> Iterator[Reached]:  # fmt: skip
+    """Yield both chains after each step, each step followed by Langevin moves.
+
+    Args:
+        laws: of the members.
+        coefficients: of the blend, (K,).
+        schedule, moves: the steps of the chain.
+        nodes: (M,), as dense as its narrowest transition needs.
+        kappa, count: size and number of the moves.
+    """
+    dx, nats = float(nodes[1] - nodes[0]), 0.0
+    blended = geometric = normal_density(nodes)
+    for move in moves:
+        means = member_means(laws, schedule, move, nodes)
+        log_k = torch.einsum("k,kij->ij", coefficients, log_transition(nodes, means, move.g**2))
+        log_r = log_transition(nodes, coefficients @ means, move.g**2)
+        moved = log_r.exp() * blended * dx
+        nats += float((moved * (log_r - log_k)).sum()) * dx
+        blended, geometric = moved.sum(1), log_k.exp() @ geometric * dx
+        if count:
+            d = kappa * float(schedule.sigma(move.s).square())
+            scores = [law.noised(schedule, move.s).score(nodes[:, None])[:, 0] for law in laws]
+            langevin = transition(nodes, nodes + d * (coefficients @ torch.stack(scores)), 2 * d)
+            for _ in range(count):
+                blended, geometric = langevin @ blended, langevin @ geometric
+        yield Reached(move.s, blended, geometric, nats)
+
+
+def product_density(
+    laws: list[GaussianMixture], coefficients: Tensor, schedule: NoiseSchedule, t: Tensor, nodes: Tensor
+) -> Tensor:
+    """Return the density of q_t ~ prod_i p_{i,t}^{c_i} at the nodes, (M,), normalised on them."""
+    logs = torch.stack([law.noised(schedule, t).log_prob(nodes[:, None]) for law in laws])
+    return (coefficients @ logs).softmax(0) / float(nodes[1] - nodes[0])
+
+
+def divergence(p: Tensor, q: Tensor, dx: float) -> float:
+    """Return KL(p || q) of two densities on nodes of spacing dx, where both are above 1e-200."""
+    held = (p > 1e-200) & (q > 1e-200)
+    return float((p[held] * (p[held] / q[held]).log()).sum()) * dx
+
+
+def total_variation(p: Tensor, q: Tensor, dx: float) -> float:
+    """Return the total variation distance of two densities on nodes of spacing dx."""
+    return float((p - q).abs().sum()) * dx / 2

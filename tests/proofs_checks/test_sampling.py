@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proofs_checks import certificate, feynman_kac, fokker_planck, proposition_2, solvers
+from proofs_checks import certificate, corrector, feynman_kac, fokker_planck, levels, proposition_2, solvers
 from proofs_checks.harness.chains import line_nodes, member_means, normal_density, transition
 from proofs_checks.harness.check import Settings, slope
 from proofs_checks.harness.draw import draw_line, draw_space
 from proofs_checks.harness.statements import statement
-from sdeblend import Evaluation, VPLinear, time_grid
+from sdeblend import Corrector, Evaluation, VPLinear, time_grid
 from sdeblend.correct import Weights
 from sdeblend.steps import Ancestral, EulerMaruyama, StepCoefficients
 from toy import GaussianMixture
@@ -24,7 +24,7 @@ FAST = Settings(seed=1, fast=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("name", ["fokker_planck", "proposition_2", "feynman_kac", "certificate", "solvers"])
+@pytest.mark.parametrize("name", ["fokker_planck", "proposition_2", "feynman_kac", "certificate", "levels", "solvers"])
 def test_check_passes_with_power_and_draws_its_figure(name: str, seed: int) -> None:
     outcome = statement(name).check(Settings(seed=seed, fast=True))
     assert [m.what for m in outcome.measurements if not m.passed] == []
@@ -61,6 +61,24 @@ def test_path_divergence_rejects_a_certificate_that_is_off(monkeypatch: pytest.M
     assert abs(path.sampled - path.path) > 5 * path.error
 
 
+def test_curves_reject_weights_that_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = levels._line(FAST, 1)
+    assert max(line.off, line.part) < 5 and max(line.ratios) < 1
+    _tamper_with_variance(monkeypatch, 1.1)
+    assert levels._line(FAST, 1).off > 5
+
+
+def test_moves_reject_another_score_and_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    still = corrector._still(FAST, 0)
+    assert still.biases[-1] < 0.01 < min(still.wrong[-1], still.renoised)
+    assert slope(corrector.KAPPAS, still.biases) > 0.8
+    chain = corrector._chain(corrector._line2(), FAST, None)
+    assert abs(chain.sampled - chain.path) < 5 * chain.error and chain.weighted < 0.02 < chain.alone < chain.plain
+    monkeypatch.setattr(corrector, "Corrector", lambda moves, kappa: Corrector(moves, 0.8 * kappa))
+    chain = corrector._chain(corrector._line2(), FAST, None)
+    assert abs(chain.sampled - chain.path) > 5 * chain.error
+
+
 def _tamper_with_variance(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     right = Weights.add
     monkeypatch.setattr(Weights, "add", lambda self, spread, variance, t: right(self, spread, factor * variance, t))
@@ -82,8 +100,8 @@ def test_a_divergence_taken_the_other_way_round_is_noticed(monkeypatch: pytest.M
     monkeypatch.setattr(Density, "kl_to", Density.kl_from)
     assert line(0).divergence != pytest.approx(right.again, rel=1e-3)
     monkeypatch.undo()
-    way = certificate._divergence
-    monkeypatch.setattr(certificate, "_divergence", lambda p, q, dx: way(q, p, dx))
+    way = certificate.divergence
+    monkeypatch.setattr(certificate, "divergence", lambda p, q, dx: way(q, p, dx))
     path = certificate._path(FAST, 0)
     assert path.divergence != pytest.approx(path.again, rel=1e-3)
 
