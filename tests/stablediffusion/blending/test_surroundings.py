@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -91,6 +92,21 @@ def test_a_denoiser_that_never_comes_through_is_told(tmp_path):
     with pytest.raises(ValueError, match="never used") as error, blend(pipe, members, HALVES):
         images(tiny_pipeline())  # another one
     assert "\n" not in str(error.value)
+
+
+def test_a_second_denoiser_that_is_exchanged_is_told(tmp_path):
+    """Wan 2.2 has one for low noise levels; a copy of it would run unblended."""
+    pipe, members = make(tmp_path, "wan2.2", scale=1.0)
+    with blend(pipe, members, HALVES):
+        expected = images(pipe)
+    low, other = pipe.transformer_2, copy.deepcopy(pipe.transformer_2)
+    with pytest.raises(ValueError, match="call of its transformer_2 came through"), blend(pipe, members, HALVES):
+        pipe.transformer_2 = other
+        wrong = images(pipe)
+    assert far(wrong, expected) > 1e-3
+    pipe.transformer_2 = low
+    with blend(pipe, members, HALVES):
+        assert torch.equal(images(pipe), expected)
 
 
 @pytest.mark.parametrize(("family", "keyword"), [("sd15", "cross"), ("sdxl", "cross"), ("sd3", "joint")])
