@@ -68,15 +68,9 @@ def load_lora(pipe: Any, source: Source | Mapping[str, Source], adapter: str) ->
     try:
         for component, changes in placed.items():
             _inject(pipe, component, components[component], changes, adapter)
-    except BaseException as error:
+    except BaseException:
         remove_adapter(pipe, adapter)
         restore()
-        if isinstance(error, RuntimeError | KeyError | IndexError | TypeError):
-            lines = str(error).splitlines()
-            raise ValueError(
-                f"a LoRA must fit {type(pipe).__name__}, got one that does not in {_names(source)} "
-                f"({' '.join(' '.join(lines[-1:]).split()) or type(error).__name__}); use a LoRA of this model family"
-            ) from error
         raise
     return tuple(placed)
 
@@ -232,12 +226,19 @@ def _inject(pipe: Any, component: str, module: Any, changes: dict[str, Change], 
     settings = {f"{component}.{key}": value for key, value in settings_of(changes).items()}
     options = {"adapter_name": adapter, "metadata": settings, "_pipeline": pipe, "low_cpu_mem_usage": True}
     with no_false_alarms(checked=True), _at_hand(module):
-        if component in denoisers_of(pipe):
-            module.load_lora_adapter(tensors, prefix=component, **options)
-        else:
-            pipe.load_lora_into_text_encoder(
-                tensors, network_alphas=None, text_encoder=module, prefix=component, **options
-            )
+        try:
+            if component in denoisers_of(pipe):
+                module.load_lora_adapter(tensors, prefix=component, **options)
+            else:
+                pipe.load_lora_into_text_encoder(
+                    tensors, network_alphas=None, text_encoder=module, prefix=component, **options
+                )
+        except Exception as error:
+            detail = " ".join((str(error).splitlines() or [""])[-1].split())
+            raise ValueError(
+                f"a LoRA must fit {type(pipe).__name__}, got one that does not for {component} "
+                f"({detail or type(error).__name__}); use a LoRA of this model family"
+            ) from error
         _check(module, component, changes, adapter)
 
 
@@ -272,7 +273,7 @@ def _check(module: Any, component: str, changes: Mapping[str, Change], adapter: 
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         for part, value in ((down, change.down), (up, change.up)):
             kept = held(part, "weight", part.weight)
-            if not torch.equal(kept.cpu(), value.reshape(kept.shape).to("cpu", kept.dtype)):
+            if kept.shape != value.shape or not torch.equal(kept.cpu(), value.to("cpu", kept.dtype)):
                 raise ValueError(f"a layer must hold the factors of its file, got others on {name} of {component}")
         layer.scaling[adapter] = change.scale
         layer.lora_dropout[adapter].eval()
@@ -300,12 +301,6 @@ def _at_hand(module: nn.Module) -> Iterator[None]:
         # the pipeline's own offloading may be back already
         if not hasattr(module, "_hf_hook"):
             cpu_offload(module, devices[0] if devices else None, offload_buffers=len(module._parameters) > 0)
-
-
-def _names(source: Any) -> str:
-    if isinstance(source, LoraFile):
-        return where_of(source)
-    return str(source) if isinstance(source, str | Path) else "the given tensors"
 
 
 def _plain(value: Any) -> Any:

@@ -96,7 +96,7 @@ def check_plain(layers: Sequence[BaseTunerLayer], names: Iterable[str]) -> None:
     """Raise unless these adapters are plain LoRA, whose factors can be averaged or stacked.
 
     Raises:
-        ValueError: another kind of adapter, or of layer.
+        ValueError: another kind of adapter, or of layer, or factors that offloading keeps elsewhere.
     """
     for layer in layers:
         for name in names:
@@ -104,6 +104,11 @@ def check_plain(layers: Sequence[BaseTunerLayer], names: Iterable[str]) -> None:
                 if name in layer.active_adapters and not isinstance(layer, LoraLayer):
                     raise ValueError(f"a soup or a batch of members needs LoRA adapters, got {type(layer).__name__}")
                 continue
+            if layer.lora_A[name].weight.device.type == "meta":
+                raise ValueError(
+                    f"a soup or a batch of members needs its factors at hand, got those of {name!r} offloaded from "
+                    "layer to layer; use mode='mpa' with batched=False, or another way of offloading"
+                )
             base = layer.get_base_layer()
             if name in layer.lora_variant or layer.lora_bias.get(name) or not isinstance(base, nn.Linear | nn.Conv2d):
                 raise ValueError(

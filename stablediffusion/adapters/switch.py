@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 from diffusers.models.attention_processor import Attention
+from diffusers.models.cache_utils import CacheMixin
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -163,16 +164,16 @@ def check_unfused(owner: object, modules: Iterable[nn.Module]) -> None:
 
 def _fused(part: nn.Module) -> bool:
     """Whether a layer computes with joint projections: the older attention goes by its processor, not by its mark."""
-    if not getattr(part, "fused_projections", False):
+    if not part.__dict__.get("fused_projections", False):
         return False
     return not isinstance(part, Attention) or "Fused" in type(part.processor).__name__
 
 
 def _keeper(part: nn.Module) -> str | None:
     """Return what keeps results of a layer from one pass to the next, as every cache of diffusers does in a hook."""
-    if getattr(part, "is_cache_enabled", False):
+    if isinstance(part, CacheMixin) and part.is_cache_enabled:
         return "a cache"
-    hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+    hooks = getattr(part.__dict__.get("_diffusers_hook"), "hooks", {})
     # a cache's leader says that it has a state, its followers share the leader's
     kept = [hook for hook in hooks.values() if hook._is_stateful or hasattr(hook, "state_manager")]
     return f"the cache {type(kept[0]).__name__}" if kept else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_module
 from diffusers import FluxTransformer2DModel
 from diffusers import hooks as caches
 from peft import LoraConfig
@@ -111,9 +113,6 @@ def test_a_cache_is_seen_however_it_was_set(cache):
 
 def test_what_keeps_nothing_between_passes_is_no_cache():
     """Layers skipped, offloading on and off again, and the forward of the whole network, which others may wrap."""
-    from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_module
-
     network = flux_transformer()
     caches.apply_layer_skip(network, caches.LayerSkipConfig(indices=[0], fqn="transformer_blocks"))
     cpu_offload(network, execution_device=torch.device("cpu"))
@@ -145,3 +144,20 @@ def test_what_a_switch_lends_comes_back_after_an_error():
         assert not any(layer.lora_dropout["a"].training for layer in switch.layers)
         raise RuntimeError("inside")
     assert all(layer.lora_dropout["a"].training for layer in switch.layers if isinstance(layer, LoraLayer))
+
+
+def test_a_member_loads_on_a_network_offloaded_from_layer_to_layer(tmp_path):
+    """Its weights are on the meta device between passes; what needs the factors themselves is a sentence."""
+    pipe = tiny_pipeline("sd15")
+    path = tiny_lora(pipe, tmp_path / "a.safetensors", seed=1)
+    load_members(pipe, {"a": path})
+    pipe.set_adapters("a")
+    want = latents(pipe)
+    pipe = tiny_pipeline("sd15")
+    cpu_offload(pipe.unet, execution_device=torch.device("cpu"))
+    members = load_members(pipe, {"a": path})
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    with blend(pipe, members, {"a": 1.0}):
+        torch.testing.assert_close(latents(pipe), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="factors at hand"), blend(pipe, members, {"a": 1.0}, mode="soup-factors"):
+        latents(pipe)
