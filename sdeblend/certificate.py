@@ -31,11 +31,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Below the first the total variation is at most .05 (Pinsker): nobody tells the laws apart from a few hundred samples.
+# Measured on 29 mixtures (ring8, line2, conflict_line, high_dimension(16), random; KL weights 2 to .1; 4096 samples):
+# mode-weight TV to the target was at most .028 where a certificate was below the first of these, .012 to .073 below the
+# second, and .084 to .76 above it (as many exact samples: .014).
 EXACT_NATS = 0.005
 WARN_NATS = 0.1
 WARN_ESS = 0.5
-# Fewer effective paths than this do not estimate log E[W]: one path would give a certificate of 0.
+# Fewer effective paths than this do not estimate log E[W]: one path would give a certificate of 0. Nor do they correct:
+# on the same mixtures weights left 1.0 of the TV at 2 to 6 effective samples, .64 at 10 to 15, .5 at 25 to 60 (median).
 ENOUGH_PATHS = 10
 # A resampled run remembers the plain blend through its surviving paths; below this share it has forgotten too much.
 ENOUGH_MEMORY = 0.1
@@ -146,9 +149,10 @@ class Certificate:
     def needed(self) -> float:
         """About how many samples of the blend hold one of the target: exp(KL(target || blend)), at least 1.
 
-        From the weights; where they say less than the certificate itself, exp(certificate).
+        From the weights; where there are too few of them to tell, exp(certificate) stands for it. The two differ where
+        the target is a small part of the blend: 17.6 nats on high_dimension(16) at KL weight .1, yet 21 are needed.
         """
-        return math.exp(min(max(self.value, self.reverse, 0.0), 700.0))
+        return math.exp(min(max(self.reverse if self.normalised else self.value, 0.0), 700.0))
 
     @property
     def per_dimension(self) -> float | None:

@@ -281,10 +281,10 @@ def made(nats, ess=0.9, samples=4000.0, **options):
         (made(0.05, ess=0.3), "correct it", "correct='resample'"),
         (made(0.4, ess=0.3), "correct it", "correct='resample'"),
         (made(0.4, ess=0.3, resampled=True), "corrected", "were corrected by resampling"),
-        (made(9.0, ess=0.001), "too far to correct with 4000 samples", "it takes about 8.1e+04"),
+        (made(9.0, ess=0.001, reverse=9.0), "too far to correct with 4000 samples", "it takes about 8.1e+04"),
         (made(2.0, ess=0.3, samples=8.0, normalised=False), "too far to correct with 8 samples", "down_to"),
         (made(2.0, ess=1.0, samples=1.0, normalised=False), "too few samples to tell", "draw at least 10"),
-        (made(40.0, ess=0.001), "too far to correct with 4000 samples", "more than a million"),
+        (made(40.0, ess=0.001, normalised=False), "too far to correct with 4000 samples", "more than a million"),
         (made(0.4, ess=0.001, nonnegative=False), "UNRELIABLE", "negative"),
         (made(0.4, per_sample=torch.zeros(50_000)), "UNRELIABLE", "resampling has left"),
     ],
@@ -298,10 +298,9 @@ def test_a_word_and_advice_that_fit_the_run(certificate, word, advice):
 def test_what_nats_mean():
     assert made(0.5).tv_bound == pytest.approx(0.5) and made(8.0).tv_bound == pytest.approx(math.sqrt(1 - math.exp(-8)))
     assert made(-0.1).tv_bound == 0 and made(1e4).tv_bound == 1
-    assert made(9.0).needed == pytest.approx(math.exp(9)) and made(0.5, reverse=2.0).needed == pytest.approx(
-        math.exp(2)
-    )
-    assert made(-1.0).needed == 1 and math.isfinite(made(1e4).needed)
+    assert made(9.0, normalised=False).needed == pytest.approx(math.exp(9))
+    assert made(17.0, reverse=2.0).needed == pytest.approx(math.exp(2))
+    assert made(1.0, reverse=-0.1).needed == 1 and math.isfinite(made(1e4, normalised=False).needed)
     assert made(6.0, dimension=12).per_dimension == 0.5 and made(6.0).per_dimension is None
     late = torch.tensor([1.0] * 9 + [0.0, 3.0, 0.0])  # ten steps with noise
     assert made(1.0, profile=late, steps=12).last_share == 0.25
