@@ -29,6 +29,7 @@ from sdeblend.score import Bound, ScoreFunction, ScoreStack, Stack
 from sdeblend.sde import BackwardSDE
 from sdeblend.select import OneMemberPerStep
 from sdeblend.solve import Solution, State, solve, trajectory
+from sdeblend.spot import SpotCheck, certify_one_member
 from sdeblend.stacks import Concatenated, CountingStack
 from sdeblend.steps import STEPS, Ancestral, EulerMaruyama, ExponentialMultistep, Heun, Step
 
@@ -60,12 +61,14 @@ __all__ = [
     "ScoreFunction",
     "ScoreStack",
     "Solution",
+    "SpotCheck",
     "Stack",
     "State",
     "Step",
     "TrainedTable",
     "VPCosine",
     "VPLinear",
+    "certify_one_member",
     "convert",
     "effective_sample_size",
     "place_moves",

@@ -192,14 +192,22 @@ class OneMemberPerStep(Bound):
         self.index = select_members(self.probabilities, len(grid), batch, method, generator)
         self._place = {float(t): n for n, t in enumerate(grid)}
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return each sample's own member's score (B, *event); one evaluation a sample."""
+    def members_at(self, t: Tensor) -> Tensor:
+        """Return which member serves each sample at time t, int16 (B,), on the CPU.
+
+        Raises:
+            ValueError: a time that is not of the grid.
+        """
         place = self._place.get(float(t))
         if place is None:
             raise ValueError(
                 f"one member a step is drawn for the times of its grid, got t = {float(t):g}; solve on that grid"
             )
-        return member_scores(self.stack, x, t, self.index[place].to(x.device))
+        return self.index[place]
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return each sample's own member's score (B, *event); one evaluation a sample."""
+        return member_scores(self.stack, x, t, self.members_at(t).to(x.device))
 
     def prepare(self, times: Tensor) -> None:
         prepare_times(self.stack, times)
