@@ -17,7 +17,8 @@ from stablediffusion.blending.knobs import Knobs
 from stablediffusion.blending.latents import PipelineScore, pipeline_score
 from stablediffusion.blending.particles import EffectiveSamples
 from stablediffusion.pipelines.flow_ancestral import FlowAncestral
-from stablediffusion.pipelines.schedulers import schedule_of, scheduler_grid
+from stablediffusion.pipelines.grids import scheduler_grid
+from stablediffusion.pipelines.schedulers import schedule_of
 
 __all__ = [
     "BlendGuidance",

@@ -32,8 +32,8 @@ from stablediffusion.adapters.members import Members
 from stablediffusion.blending.latents import PipelineScore, SoupScore, pipeline_score
 from stablediffusion.evaluate.settings import MemberSet, PipelineSettings
 from stablediffusion.evaluate.target import Target, target_of
+from stablediffusion.pipelines.grids import scheduler_grid
 from stablediffusion.pipelines.inputs import images_of
-from stablediffusion.pipelines.schedulers import scheduler_grid
 from stablediffusion.rewards.scoring import Prompts, score_each
 
 _SOUPS = {"soup-deltas": "soup", "soup-factors": "soup-factors"}
@@ -81,7 +81,7 @@ class PipelineCase(MeasuredCase):
         self.most = self.settings.batch // (1 if guidance == 1 else 2)
         base = self._stack(1, [])
         self.schedule, self.step = base.schedule, Ancestral(self.settings.eta)
-        self.grid = scheduler_grid(loaded.pipe, self.settings.steps)
+        self.grid = scheduler_grid(loaded.pipe, self.settings.steps, height=base.size[0], width=base.size[1])
         # DDIM leaves the noise of its first trained time in the sample; rewards and potentials are of clean ones.
         self.grid[-1] = 0.0
         self.like = torch.zeros(base.shape[1:], device=loaded.device)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,18 @@ def text_to_image(pipe: Any, what: str) -> Family:
             f"{what} needs a text-to-image pipeline, got {type(pipe).__name__}; attach a blend to it instead"
         )
     return family
+
+
+def own_sigmas(pipe: Any, steps: int) -> np.ndarray | None:
+    """Return the noise levels that a flow pipeline gives its scheduler, None if it leaves them to it.
+
+    Raises:
+        ValueError: for a pipeline without a row.
+    """
+    stem = family_of(pipe).stem
+    if stem.startswith("StableDiffusion") or (stem.startswith("Flux") and pipe.scheduler.config.get("use_flow_sigmas")):
+        return None
+    return np.linspace(1.0, 1 / steps, steps)
 
 
 def paints_over(pipe: Any) -> bool:

@@ -6,17 +6,13 @@
   N t; networks predict the velocity.
 
 The weights of a run (``sdeblend.correct``) need the slope and the noise of its steps alone (``transitions``).
-
-DDIM steps to ``t - N // n`` whatever the next grid time is: the parity grid is the scheduler's own.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sdeblend.parametrisation import Parametrisation
@@ -24,6 +20,7 @@ from sdeblend.schedule import NoiseSchedule, RectifiedFlow, TrainedTable
 from stablediffusion.pipelines.transitions import RULES, setting
 
 _PREDICTIONS: dict[str, Parametrisation] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_FLOW_PREDICTIONS: dict[str, Parametrisation] = {"flow_prediction": "flow", "epsilon": "eps", "sample": "x0"}
 SUPPORTED = tuple(RULES)
 
 
@@ -34,21 +31,24 @@ def schedule_of(pipe: Any) -> tuple[NoiseSchedule, Parametrisation]:
         pipe: a diffusers pipeline; its scheduler's configuration is read.
 
     Returns:
-        ``TrainedTable`` with "eps", "v" or "x0", or ``RectifiedFlow`` with "flow".
+        ``TrainedTable`` with "eps", "v" or "x0", or ``RectifiedFlow`` with "flow" (or "eps", "x0" where a multistep
+        scheduler with flow sigmas says so).
 
     Raises:
-        ValueError: a scheduler of neither kind.
+        ValueError: a scheduler of neither kind, or a prediction that it cannot turn into clean data.
     """
     scheduler = pipe.scheduler
     flow = is_flow(scheduler)
     table = None if flow else getattr(scheduler, "alphas_cumprod", None)
-    if table is not None:
-        prediction = scheduler.config.get("prediction_type", "epsilon")
-        if prediction not in _PREDICTIONS:
-            raise ValueError(f"a network must predict one of {', '.join(_PREDICTIONS)}, got {prediction!r}")
-        return TrainedTable(table), _PREDICTIONS[prediction]
-    if flow:
-        return RectifiedFlow(), "flow"
+    if flow or table is not None:
+        known = _FLOW_PREDICTIONS if flow else _PREDICTIONS
+        prediction = setting(scheduler, "prediction_type") or ("flow_prediction" if flow else "epsilon")
+        if prediction not in known:
+            raise ValueError(
+                f"a network must predict one of {', '.join(known)} with {type(scheduler).__name__} as it is set, got "
+                f"{prediction!r}; set its prediction_type, or use_flow_sigmas for a flow model"
+            )
+        return RectifiedFlow() if table is None else TrainedTable(table), known[prediction]
     raise ValueError(
         f"the scheduler must have alphas_cumprod or be a FlowMatch one, got {type(scheduler).__name__}; "
         "set pipe.scheduler to the one the model was trained with"
@@ -75,35 +75,6 @@ def time_of(schedule: NoiseSchedule, timestep: float, scheduler: Any) -> float:
     if isinstance(schedule, TrainedTable):
         return float(schedule.time_of_timestep(timestep))
     return timestep / float(scheduler.config.num_train_timesteps)
-
-
-def scheduler_grid(pipe: Any, steps: int) -> Tensor:
-    """Return the times a pipeline's own scheduler visits, for the core's solver.
-
-    Args:
-        pipe: its scheduler is copied, not changed.
-        steps: number of inference steps.
-
-    Returns:
-        decreasing float64 grid; the last time is where the scheduler's last step ends (0, or 1/N for DDIM with
-        ``set_alpha_to_one=False``).
-    """
-    schedule, _ = schedule_of(pipe)
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(steps)
-    if isinstance(schedule, RectifiedFlow):
-        times = [min(float(s), schedule.t_max) for s in scheduler.sigmas]
-    else:
-        times = [time_of(schedule, float(t), scheduler) for t in scheduler.timesteps]
-        times.append(_end(schedule, scheduler))
-    grid = torch.tensor(times, dtype=torch.float64)
-    # a last trained index of 0 steps to itself: no step
-    return grid[torch.cat([torch.ones(1, dtype=torch.bool), grid.diff() < 0])]
-
-
-def _end(schedule: NoiseSchedule, scheduler: Any) -> float:
-    final = getattr(scheduler, "final_alpha_cumprod", None)
-    return 0.0 if final is None or float(final) == 1 else schedule.t_min
 
 
 class NoisyStep(NamedTuple):
@@ -134,7 +105,7 @@ def noisy_move(scheduler: Any, timestep: float, eta: float | None = None) -> Noi
     why = _refusal(scheduler)
     if why is not None:
         return why
-    name = _class_of_step(scheduler)
+    name = class_of_step(scheduler)
     time, slope, noise, ends = RULES[name].step(scheduler, float(timestep), eta)
     if not (math.isfinite(slope) and math.isfinite(noise)):
         return f"{name}'s step is not finite at t = {time:g}, where no signal is left"
@@ -143,14 +114,14 @@ def noisy_move(scheduler: Any, timestep: float, eta: float | None = None) -> Noi
     return NoisyStep(time, slope, noise)
 
 
-def _class_of_step(scheduler: Any) -> str:
+def class_of_step(scheduler: Any) -> str:
     """Return the name of the class whose ``step`` a scheduler takes: a subclass may leave it as it is."""
     return next((c.__name__ for c in type(scheduler).__mro__ if "step" in vars(c)), type(scheduler).__name__)
 
 
 def _refusal(scheduler: Any) -> str | None:
     """Return one clause if no step of a scheduler, as it is set, is affine with noise and without memory."""
-    name = _class_of_step(scheduler)
+    name = class_of_step(scheduler)
     rule = RULES.get(name)
     if rule is None:
         return (

@@ -48,11 +48,12 @@ class Rule:
 
 
 def setting(scheduler: Any, name: str) -> Any:
-    """Return a setting of a scheduler, None if its class has none of this name.
+    """Return a setting of a scheduler, None if neither its class nor one above takes one of this name.
 
     ``from_config`` keeps what another class's configuration held, and it means nothing in this one.
     """
-    known = name in inspect.signature(type(scheduler).__init__).parameters
+    kinds: tuple[Any, ...] = type(scheduler).__mro__
+    known = any(name in inspect.signature(kind.__init__).parameters for kind in kinds)
     return scheduler.config.get(name) if known else None
 
 
