@@ -32,9 +32,9 @@ class Options(Settings):
         negative: negative prompt
         images: a point, from seed, seed + 1, ...
         steps: of the scheduler
-        eta: noise of DDIM; a certificate needs more than 0
+        eta: noise of ddim and flow-ancestral; a certificate needs more than 0
         guidance: guidance scale as the pipeline counts it; by default its own, or the bundled model's 1.5
-        scheduler: flow models keep their own
+        sampler: auto is ddim, and the scheduler of its own for a flow model; flow-ancestral gives that one noise
         seed: of the first image
         sweep: NAME=FROM:TO:COUNT, one row of images for each weight of a member
         height, width: of the images in pixels; the model's own by default
@@ -55,7 +55,7 @@ class Options(Settings):
     steps: int = Field(50, ge=1)
     eta: float = Field(1.0, ge=0, le=1)
     guidance: float | None = None
-    scheduler: Literal["ddim", "ddpm", "euler-a", "keep"] = "ddim"
+    sampler: Literal["auto", "ddim", "ddpm", "euler-a", "flow-ancestral", "keep"] = "auto"
     seed: int = Field(0, ge=0, lt=2**62)
     sweep: str | None = None
     height: int | None = Field(None, ge=8)
@@ -92,7 +92,8 @@ def read_options(argv: Sequence[str], prog: str, summary: str) -> Options:
         if key.name == "member":
             more["action"] = "append"
         more |= {"required": field.is_required(), "default": argparse.SUPPRESS, "help": key.description}
-        parser.add_argument(f"--{key.name}", **more)
+        names = (f"--{key.name}", *(["--scheduler"] if key.name == "sampler" else []))  # what it was called
+        parser.add_argument(*names, **more)
     given = vars(parser.parse_args(list(argv)))
     given["member"] = named(given.get("member", []), "--member")
     weights = named(given["weights"].split(","), "--weights")

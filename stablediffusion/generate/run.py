@@ -28,8 +28,10 @@ from stablediffusion.blending.attach import blend
 from stablediffusion.blending.knobs import Knobs
 from stablediffusion.generate.options import BUNDLED, Options
 from stablediffusion.pipelines.families import call_parameters, draws_from_text
+from stablediffusion.pipelines.flow_ancestral import FlowAncestral
 from stablediffusion.pipelines.inputs import call_guidance
 from stablediffusion.pipelines.loading import load_pipeline
+from stablediffusion.pipelines.schedulers import is_flow
 from stablediffusion.small.files import MODEL, bundled_member
 
 _SCHEDULERS = {
@@ -38,6 +40,27 @@ _SCHEDULERS = {
     "euler-a": diffusers.EulerAncestralDiscreteScheduler,
 }
 _PACKAGES = ("sdeblend", "torch", "diffusers", "transformers", "peft")
+
+
+def _scheduler(pipe: Any, sampler: str, eta: float) -> Any:
+    """Return the scheduler that ``--sampler`` asks for, from the settings of the pipeline's own."""
+    config, flow, table = pipe.scheduler.config, is_flow(pipe.scheduler), hasattr(pipe.scheduler, "alphas_cumprod")
+    fitting = ["flow-ancestral"] if flow else list(_SCHEDULERS) if table else []
+    if sampler == "auto":
+        sampler = "ddim" if "ddim" in fitting else "keep"
+    if sampler == "keep":
+        return pipe.scheduler
+    if sampler not in fitting:
+        raise ValueError(
+            f"--sampler must suit the model's {type(pipe.scheduler).__name__}, got {sampler}; "
+            f"give {' or '.join([*fitting, 'keep'])}"
+        )
+    if flow:
+        # what a multistep scheduler calls its shift
+        more = {"shift": config["flow_shift"]} if "flow_shift" in config and "shift" not in config else {}
+        return FlowAncestral.from_config(config, eta=eta, **more)
+    # clipping is a default of these classes and wrong on latents
+    return _SCHEDULERS[sampler].from_config(config, **({} if sampler == "euler-a" else {"clip_sample": False}))
 
 
 class Run:
@@ -92,10 +115,7 @@ class Run:
         source = MODEL if o.model == BUNDLED else o.model
         pipe = load_pipeline(str(source), getattr(torch, o.dtype), what="--model")
         draws_from_text(pipe, "--model")
-        if o.scheduler != "keep" and hasattr(pipe.scheduler, "alphas_cumprod"):
-            # clipping is a default of these classes and wrong on latents
-            extra = {} if o.scheduler == "euler-a" else {"clip_sample": False}
-            pipe.scheduler = _SCHEDULERS[o.scheduler].from_config(pipe.scheduler.config, **extra)
+        pipe.scheduler = _scheduler(pipe, o.sampler, o.eta)
         return pipe.to(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _finish_point(self, pipe: Any, members: Members, k: int, bar: Bar) -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 
 from sdeblend import Preference
@@ -15,7 +15,7 @@ from sdeblend.shell import cli
 from stablediffusion import blend, load_members
 from stablediffusion.generate.command import main
 from stablediffusion.generate.options import sweep_points
-from stablediffusion.generate.run import Run
+from stablediffusion.generate.run import Run, _scheduler
 from stablediffusion.testing import tiny_lora, tiny_pipeline
 
 
@@ -180,6 +180,41 @@ def test_modes_without_a_certificate_say_why(options, model, tmp_path):
     result = json.loads((tmp_path / "run.json").read_text())["results"]["0"]
     assert result["certificate"] is None
     assert result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler", "message"),
+    [
+        ("sd15", "flow-ancestral", "give ddim or ddpm or euler-a or keep"),
+        ("sd3", "ddim", "give flow-ancestral or keep"),
+    ],
+)
+def test_a_sampler_suits_its_model(family, sampler, message):
+    with pytest.raises(ValueError, match=message):
+        _scheduler(tiny_pipeline(family), sampler, 1.0)
+
+
+def test_multistep_schedulers_keep_their_flow_and_its_shift():
+    pipe = tiny_pipeline("sd3")
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipe.scheduler = UniPCMultistepScheduler(**flow)
+    assert _scheduler(pipe, "auto", 1.0) is pipe.scheduler
+    ancestral = _scheduler(pipe, "flow-ancestral", 0.5)
+    assert (ancestral.config.shift, ancestral.config.eta) == (3.0, 0.5)
+
+
+def test_a_flow_model_is_certified_with_flow_ancestral(tmp_path):
+    pipe = tiny_pipeline("sd3", seed=1)
+    for i, name in enumerate("ab"):
+        tiny_lora(pipe, tmp_path / f"{name}.safetensors", seed=i + 1)
+    pipe.save_pretrained(tmp_path / "pipe")
+    results = {}
+    for sampler, eta in (("auto", "1"), ("flow-ancestral", "0.5"), ("flow-ancestral", "0")):
+        out = tmp_path / f"{sampler}-{eta}"
+        main(arguments(tmp_path, out, sampler=sampler, eta=eta))
+        results[sampler, eta] = json.loads((out / "run.json").read_text())["results"]["0"]
+    assert "FlowAncestral" in results["auto", "1"]["reason"] and "eta=1" in results["flow-ancestral", "0"]["reason"]
+    assert results["flow-ancestral", "0.5"]["certificate"]["nats"] > 0
 
 
 def test_resampling_is_recorded(model, tmp_path):
