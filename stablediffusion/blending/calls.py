@@ -99,6 +99,15 @@ class Call:
         return len(self._given)
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls of one kind share: how many rows, and which arguments."""
+        return (
+            self.rows,
+            len(self.positional),
+            *sorted(name for name, value in self.named.items() if value is not None),
+        )
+
+    @property
     def time(self) -> float:
         """The scheduler's time, as the denoiser is given it; of rows or tokens with several, the latest."""
         given = next((self.named[name] for name in _TIMES if self.named.get(name) is not None), None)

@@ -23,7 +23,7 @@ from stablediffusion.blending.calls import Call, Output
 from stablediffusion.blending.embeddings import TextEmbeddings
 
 _TEXT_ARGUMENTS = ("encoder_hidden_states", "pooled_projections")
-# How far adapters side by side may be from one after the other, relative to the prediction: rounding.
+# How far predictions of other batches may be apart, relative to their size and by the network's dtype.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -53,7 +53,7 @@ class Denoiser:
         self.all = (Member("base"), *(members[name] for name in members.names))
         self._signature = type(getattr(network, "_orig_mod", network)).forward
         self._batch = SideBySide(members.switch) if side_by_side else None
-        self._compared: set[Any] = set()
+        self._known: dict[tuple[Any, ...], bool] = {}  # which kinds of calls may be joined, or taken in parts
         self._last: Output | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], images: int | None = None) -> Pass:
@@ -93,25 +93,60 @@ class Denoiser:
             raise RuntimeError("a denoiser has given nothing yet")
         return self._last
 
+    def predict_rows(self, this: Pass, chosen: Sequence[Member], sample: Tensor, rows: Tensor) -> list[Tensor]:
+        """Return what each member predicts for some rows of a pass: of a smaller batch where the network allows.
+
+        The first of a kind is compared with the rows of the whole pass, which serve from then on if they differ.
+
+        Args:
+            this: the pass.
+            chosen: the members.
+            sample: the state of the rows (N, *event).
+            rows: which ones, long (N,).
+        """
+
+        def whole() -> list[Tensor]:
+            state = this.call.sample.clone()
+            state[rows] = sample.to(state.dtype)
+            return [out[rows] for out in self.predict(chosen, [this.of(member, state) for member in chosen])]
+
+        def part() -> list[Tensor]:
+            return self.predict(chosen, [this.of(member, sample, rows) for member in chosen])
+
+        if self._known.get(this.call.kind) is not None:
+            return part() if self._known[this.call.kind] else whole()
+        expected = whole()
+        found, why = _equal(part, expected, _ROUNDING[self.last.dtype])
+        self._known[this.call.kind] = found is not None
+        if found is None:
+            warnings.warn(
+                f"images with members of their own cost a whole batch a member here: a part of it {why}, because this "
+                "pipeline ties the rows of a batch together; the images are the same",
+                stacklevel=2,
+            )
+        return expected if found is None else found
+
     def _together(
         self, batch: SideBySide, shared: Sequence[int], chosen: Sequence[Member], calls: Sequence[Call]
     ) -> list[Tensor]:
         """Return the predictions of the members ``shared`` from one pass, compared once with one after the other."""
-        parts = [calls[k] for k in shared]
-        key = (len(shared), parts[0].rows, *sorted(n for n, value in parts[0].named.items() if value is not None))
-        if key in self._compared:
-            return self._side_by_side(batch, [chosen[k].adapter for k in shared], parts)
+        parts, adapters = [calls[k] for k in shared], [chosen[k].adapter for k in shared]
+        joined = Call.joined(parts)  # before a network pops from its lists
+
+        def at_once() -> list[Tensor]:
+            with batch.parts(adapters):
+                # all are active, so that a call's own scale reaches every one
+                self.switch.use(*dict.fromkeys(name for name in adapters if name is not None))
+                return list(self._prediction(joined.of(self.forward)).chunk(len(parts)))
+
+        key = (len(shared), *parts[0].kind)
+        if key in self._known:
+            return at_once()
         single = [self._run(chosen[k], calls[k]) for k in shared]
-        try:
-            joined = self._side_by_side(batch, [chosen[k].adapter for k in shared], parts)
-            apart = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(joined, single, strict=True))
-            why = f"it differs by {apart:.1e} relative to the prediction"
-        except (RuntimeError, ValueError, IndexError) as error:  # the network refuses another number of rows
-            joined, apart, why = single, float("inf"), f"it ends in {type(error).__name__}"
-        sample = parts[0].sample
-        if apart <= _ROUNDING.get(sample.dtype, 1e-4):
-            self._compared.add(key)
-            return joined
+        found, why = _equal(at_once, single, _ROUNDING[self.last.dtype])
+        if found is not None:
+            self._known[key] = True
+            return found
         warnings.warn(
             f"members run one after the other: side by side in one pass {why}, because this pipeline ties the rows of "
             "a batch together; the images are the same, batched=False is quiet",
@@ -119,12 +154,6 @@ class Denoiser:
         )
         self._batch = None
         return single
-
-    def _side_by_side(self, batch: SideBySide, adapters: list[str | None], parts: Sequence[Call]) -> list[Tensor]:
-        with batch.parts(adapters):
-            # all are active, so that a call's own scale reaches every one
-            self.switch.use(*dict.fromkeys(name for name in adapters if name is not None))
-            return list(self._prediction(Call.joined(parts).of(self.forward)).chunk(len(parts)))
 
     def _run(self, member: Member, call: Call) -> Tensor:
         if member.module is not None:
@@ -165,7 +194,12 @@ class Pass(ScoreStack):
         """Return the predictions (K, B, G, *event); half precision comes back as float32."""
         chosen = [self.denoiser.all[k] for k in (range(len(self)) if active is None else active)]
         sample = x.transpose(0, 1).flatten(0, 1)
-        outputs = self.denoiser.predict(chosen, [self._of(member, sample) for member in chosen])
+        if self._index is None:
+            outputs = self.denoiser.predict(chosen, [self.of(member, sample) for member in chosen])
+        else:
+            offsets = torch.arange(self._branches, device=self._index.device) * self.images
+            rows = (offsets[:, None] + self._index).flatten()
+            outputs = self.denoiser.predict_rows(self, chosen, sample, rows)
         return torch.stack([self._event(out) for out in outputs])
 
     def rows(self, index: Tensor) -> Pass:
@@ -176,8 +210,8 @@ class Pass(ScoreStack):
         """Return predictions (B, G, *event) of the network's dtype as the pipeline expects them from the denoiser."""
         return self.denoiser.last.like(value.transpose(0, 1).flatten(0, 1))
 
-    def _of(self, member: Member, sample: Tensor) -> Call:
-        """Return the member's call: its prompt, the chosen rows, own copies of lists."""
+    def of(self, member: Member, sample: Tensor, rows: Tensor | None = None) -> Call:
+        """Return the member's call for a state (N, *event): its prompt, the rows asked for, own copies of lists."""
         call, embeddings = self.call, self.denoiser.embeddings
         if member.text_encoders:
             named = call.named | {
@@ -190,12 +224,20 @@ class Pass(ScoreStack):
                 own = embeddings.of(member.name, added["text_embeds"])
                 named["added_cond_kwargs"] = added | {"text_embeds": own}
             call = Call(call.positional, named, call.state)
-        rows = None
-        if self._index is not None:
-            offsets = torch.arange(self._branches, device=self._index.device) * self.images
-            rows = (offsets[:, None] + self._index).flatten()
         return call.on(sample, rows)
 
     def _event(self, rows: Tensor) -> Tensor:
         """Return rows (G N, *event) as images (N, G, *event)."""
         return rows.reshape(self._branches, -1, *rows.shape[1:]).transpose(0, 1)
+
+
+def _equal(
+    other: Callable[[], list[Tensor]], expected: Sequence[Tensor], rounding: float
+) -> tuple[list[Tensor] | None, str]:
+    """Return predictions made in another way if they are equal up to rounding, else None and how they are not."""
+    try:
+        found = other()
+        apart = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True))
+    except (RuntimeError, ValueError, IndexError) as error:  # the network refuses another number of rows
+        return None, f"ends in {type(error).__name__}"
+    return (found if apart <= rounding else None), f"differs by {apart:.1e} relative to the prediction"

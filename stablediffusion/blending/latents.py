@@ -142,7 +142,7 @@ class PipelineScore(ScoreStack):
         times = value.to(x.device, torch.promote_types(self.dtype, torch.float32)).expand(rows)
         state = family.given(x.to(self.dtype))
         # only the shape counts: the rows themselves come with the state below
-        placeholder: Any = state[:1].new_empty(1).expand(rows, *state.shape[1:])
+        placeholder: Any = state[:1].new_zeros(1).expand(rows, *state.shape[1:])
         placeholder = list(placeholder) if family.listed else placeholder
         arguments = {family.time_name: times, "return_dict": False}
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad), self.members.switch.borrowed():

@@ -175,6 +175,19 @@ def test_networks_that_change_inside_the_block_are_told(tmp_path):
         assert knobs.calls == 6
 
 
+def test_rows_that_are_tied_are_taken_out_of_the_whole_pass(tmp_path):
+    """HiDream has embeddings with the rows behind the layers: two images with a member each need whole passes."""
+    pipe, members = make(tmp_path, "hidream", scale=1.0)
+    two = {"num_images_per_prompt": 2, "generator": [torch.Generator().manual_seed(i) for i in range(2)]}
+    with blend(pipe, members, {"a": 0.4, "b": 0.4}, mode="ls", seed=1) as knobs:
+        with pytest.warns(UserWarning, match="cost a whole batch"):
+            together = images(pipe, **two)
+        assert bool((knobs._engine.run.serving[:, 0] != knobs._engine.run.serving[:, 1]).any())
+    with blend(pipe, members, {"a": 0.4, "b": 0.4}, mode="ls", seed=1):
+        alone = images(pipe, generator=torch.Generator().manual_seed(0))
+    assert far(together[:1], alone) < 1e-4
+
+
 def test_a_preference_changed_during_a_run_has_no_certificate(tmp_path):
     pipe, members = make(tmp_path)
 
