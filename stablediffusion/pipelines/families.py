@@ -181,7 +181,8 @@ def _batch(texts: Sequence[Text], name: str = "text") -> Tensor:
 def _length(pipe: Any, tokenizer: Any) -> int:
     """Return how many tokens a pipeline cuts prompts to."""
     longest = int(call_parameters(pipe)["max_sequence_length"])
-    return longest if tokenizer is None else min(longest, tokenizer.model_max_length)
+    # SD 3 can be without this tokenizer; FLUX.2's is a processor, which says nothing of it
+    return min(longest, getattr(tokenizer, "model_max_length", longest))
 
 
 def _encode(pipe: Any, prompts: list[str], **more: Any) -> list[Text]:
@@ -356,6 +357,7 @@ FAMILIES = {
         Family("StableDiffusionXL", _encode, _latent_event, _sdxl_arguments, _sdxl_latents),
         Family("StableDiffusion3", _sd3_encode, _latent_event, _sd3_arguments, _shifted, patch=2),
         Family("Flux", _flux_encode, _packed_event, _flux_arguments, _flux_latents, patch=2, time=_unit),
+        Family("Flux2", _flux2_encode, _packed_event, _flux2_arguments, _flux2_latents, patch=2, time=_unit),
         Family("Flux2Klein", _flux2_encode, _packed_event, _flux2_arguments, _flux2_latents, patch=2, time=_unit),
         Family("QwenImage", _qwen_encode, _packed_event, _qwen_arguments, _qwen_latents, patch=2, time=_unit),
         Family(

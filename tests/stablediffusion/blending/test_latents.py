@@ -14,8 +14,8 @@ import sdeblend
 import sdeblend.blend
 from sdeblend import Ancestral, BackwardSDE, Blend, OneMemberPerStep, Preference, solve, time_grid
 from sdeblend.parametrisation import conversion
-from stablediffusion import blend, load_members, pipeline_score, schedule_of, scheduler_grid
-from stablediffusion.pipelines.components import denoiser_of
+from stablediffusion import blend, load_lora, load_members, pipeline_score, schedule_of, scheduler_grid
+from stablediffusion.pipelines.components import denoiser_of, text_encoders_of
 from stablediffusion.pipelines.families import FAMILIES as ROWS
 from stablediffusion.pipelines.families import family_of
 from stablediffusion.pipelines.inputs import guidance_names
@@ -119,10 +119,10 @@ def test_solver_equals_the_pipeline_on_its_own_grid(family, tmp_path):
 def own_run(pipe, prompts, start, negatives=None, scale=None, **more):
     """Return a pipeline's own state after its last step, and its images."""
     call = tiny_call(pipe, 4) | {"num_images_per_prompt": len(start) // len(prompts)} | more
-    scale_name, klein = guidance_names(pipe)[0], FAMILIES["flux2-klein"].stem in type(pipe).__name__
-    call[scale_name] = family_of(pipe).unguided if negatives is None else scale
-    call["latents"] = start.transpose(1, 2).unflatten(2, (4, 4)) if klein else start
-    if negatives is not None and klein:  # takes them encoded
+    scale_name, flux2 = guidance_names(pipe)[0], type(pipe).__name__.startswith("Flux2")
+    call |= {scale_name: family_of(pipe).unguided if negatives is None else scale} if scale_name else {}
+    call["latents"] = start.transpose(1, 2).unflatten(2, (4, 4)) if flux2 else start
+    if negatives is not None and flux2:  # takes them encoded
         length = call["max_sequence_length"]
         call["negative_prompt_embeds"] = pipe.encode_prompt(negatives, max_sequence_length=length)[0]
     elif negatives is not None:
@@ -145,8 +145,10 @@ def euler(stack, score, start):
 FLOW = [name for name in FAMILIES if name in SCORED and not name.startswith(("sd1", "sd2", "sdxl"))]
 
 
-@pytest.mark.parametrize("family", FLOW)
-@pytest.mark.parametrize("guided", [False, True])
+# FLUX.2 itself has no guidance besides that of its network.
+@pytest.mark.parametrize(
+    ("family", "guided"), [(f, g) for f in FLOW for g in (False, True) if (f, g) != ("flux2", True)]
+)
 def test_flow_ode_equals_the_pipeline(family, guided, tmp_path, monkeypatch):
     """A member's own run, of its scores; the pipeline's Euler is of float32.
 
@@ -233,6 +235,25 @@ def test_rows_are_the_whole_batch_restricted(batched, tmp_path):
     torch.testing.assert_close(stack(x, t, [2]), whole[2:])
     assert (whole[0] - whole[2]).abs().max() > 1e-6
     assert (whole[0, 0] - whole[0, 2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_a_member_may_change_the_text_encoders(family, tmp_path):
+    """As if it were always on: tokens and pooled embeddings, of prompts and negative prompts."""
+    pipe = tiny_pipeline(family, seed=1, dtype=torch.float64)
+    path = tiny_lora(pipe, tmp_path / "t.safetensors", seed=5, target="text-encoder", scale=3.0)
+    members = load_members(pipe, {"t": path})
+    options: dict[str, Any] = {"guidance_scale": 3.0, "negative_prompt": "blue", "height": 16, "width": 16}
+    stack = pipeline_score(pipe, ["a red circle", "b"], members=members, **options)
+    tuned = tiny_pipeline(family, seed=1, dtype=torch.float64)
+    load_lora(tuned, path, "t")
+    for encoder in text_encoders_of(tuned).values():
+        if getattr(encoder, "peft_config", None):
+            encoder.set_adapter("t")
+    x, t = torch.randn(stack.shape, generator=seeded(), dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    base, member = stack(x, t)
+    torch.testing.assert_close(member, pipeline_score(tuned, ["a red circle", "b"], **options)(x, t)[0])
+    assert (member - base).abs().amax((1, 2)).min() > 1e-3
 
 
 def test_both_backends_run_the_cores_blend(tmp_path, monkeypatch):

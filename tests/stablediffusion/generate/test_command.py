@@ -305,7 +305,7 @@ def test_the_record_reproduces_the_image(model, tmp_path):
     assert abs(difference).max() <= 1
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "flux2-klein", "qwen-image", "z-image"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "flux2", "flux2-klein", "qwen-image", "z-image"])
 def test_guidance_is_the_familys_own(family, tmp_path):
     """As the pipeline draws where nothing is said of guidance; negative prompts are there for those that need one."""
     pipe = tiny_pipeline(family, seed=1)

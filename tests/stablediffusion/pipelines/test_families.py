@@ -36,7 +36,6 @@ def test_a_subclass_is_of_its_family_and_a_family_without_a_row_is_refused():
     assert family_of(bare(type("Mine", (diffusers.StableDiffusionXLPipeline,), {}))).stem == "StableDiffusionXL"
     assert family_of(bare(diffusers.StableDiffusionPAGPipeline)).stem == "StableDiffusion"
     for name in (
-        "Flux2",
         "FluxKontext",
         "FluxFill",
         "QwenImageEdit",
@@ -73,7 +72,7 @@ def test_what_draws_from_a_prompt_alone(name, fits):
 # scale of classifier-free guidance, input of the network, g
 GUIDANCE = {
     "sd15": (7.5, None, 7.5), "sd21": (7.5, None, 7.5), "sdxl": (5.0, None, 5.0), "sd3": (7.0, None, 7.0),
-    "flux": (1.0, 3.5, 1.0), "flux2-klein": (4.0, None, 4.0), "qwen-image": (4.0, None, 4.0),
+    "flux": (1.0, 3.5, 1.0), "flux2": (1.0, 4.0, 1.0), "flux2-klein": (4.0, None, 4.0), "qwen-image": (4.0, None, 4.0),
     "z-image": (5.0, None, 6.0),
 }  # fmt: skip
 
@@ -85,9 +84,13 @@ def test_guidance_is_the_familys_own(family):
     scale, embedded, g = GUIDANCE[family]
     assert own_guidance(pipe) == (scale, embedded)
     assert (guidance_weight(pipe, None), guidance_weight(pipe, none), guidance_weight(pipe, none + 2)) == (g, 1.0, 3.0)
-    free = "true_cfg_scale" if family in ("flux", "qwen-image") else "guidance_scale"
-    assert call_guidance(pipe, None) == ({free: scale}, scale != none)
-    assert call_guidance(pipe, 3.0) == ({free: 3.0}, True)
+    if family == "flux2":  # its network takes guidance as an input
+        assert call_guidance(pipe, None) == ({"guidance_scale": 4.0}, False)
+        assert call_guidance(pipe, 3.0) == ({"guidance_scale": 3.0}, False)
+    else:
+        free = "true_cfg_scale" if family in ("flux", "qwen-image") else "guidance_scale"
+        assert call_guidance(pipe, None) == ({free: scale}, scale != none)
+        assert call_guidance(pipe, 3.0) == ({free: 3.0}, True)
     score = pipeline_score(pipe, "a", height=16, width=16)
     assert (score.guidance_scale, score.branches) == (scale, 1 if scale == none else 2)
     pipe.register_to_config(_name_or_path="someone/Model-Turbo")
