@@ -188,7 +188,7 @@ class PipelineScore(ScoreStack):
             latents: (B, *event) at t = 0.
             output_type: "pil" (a list), "np" (B, H, W, 3) in [0, 1] or "pt" (B, 3, H, W).
         """
-        with torch.no_grad(), _precise(self.pipe.vae):
+        with torch.no_grad(), _as_the_pipeline(self.pipe.vae, self._family.upcasts):
             images = images_of(self.pipe, latents, self.size)
         plain = [False] * len(images)
         return self.pipe.image_processor.postprocess(images, output_type=output_type, do_denormalize=plain)
@@ -200,10 +200,10 @@ def _tensors(*parts: Sequence[Text]) -> list[Tensor]:
 
 
 @contextmanager
-def _precise(vae: Any) -> Iterator[None]:
-    """Decode in float32 where the autoencoder's configuration says that float16 overflows."""
+def _as_the_pipeline(vae: Any, upcasts: bool) -> Iterator[None]:
+    """Decode in float32 where the pipeline does."""
     dtype = vae.dtype
-    upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    upcast = upcasts and dtype == torch.float16 and bool(vae.config.force_upcast)
     try:
         if upcast:
             vae.to(torch.float32)

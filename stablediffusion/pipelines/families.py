@@ -52,6 +52,7 @@ class Family:
         time: the scheduler's timestep -> the denoiser's time.
         listed: the denoiser takes and gives a list of rows, each (channels, 1, height, width).
         sign: of what the denoiser predicts.
+        upcasts: the pipeline decodes in float32 where the autoencoder's configuration says that float16 overflows.
     """
 
     stem: str
@@ -66,6 +67,7 @@ class Family:
     time: Callable[[Tensor], Tensor] = _table
     listed: bool = False
     sign: float = 1.0
+    upcasts: bool = False
 
     def given(self, x: Tensor) -> Tensor:
         """Return states (..., *event) as the denoiser takes each."""
@@ -354,7 +356,7 @@ FAMILIES = {
     family.stem: family
     for family in (
         Family("StableDiffusion", _encode, _latent_event, _sd_arguments, _scaled),
-        Family("StableDiffusionXL", _encode, _latent_event, _sdxl_arguments, _sdxl_latents),
+        Family("StableDiffusionXL", _encode, _latent_event, _sdxl_arguments, _sdxl_latents, upcasts=True),
         Family("StableDiffusion3", _sd3_encode, _latent_event, _sd3_arguments, _shifted, patch=2),
         Family("Flux", _flux_encode, _packed_event, _flux_arguments, _flux_latents, patch=2, time=_unit),
         Family("Flux2", _flux2_encode, _packed_event, _flux2_arguments, _flux2_latents, patch=2, time=_unit),
