@@ -24,6 +24,7 @@ from stablediffusion.pipelines.loading import no_false_alarms
 _PROBES = 8
 _CHUNK = 64  # rows that are looked up at a time
 _TRIES = 32
+_EXACT = 1e-5  # relative, of products
 # what the file itself is asked for, row by row
 _LEFT_OUT = ("dora_scale", "diff_b", ".diff")
 
@@ -75,7 +76,22 @@ class _Pool:
     start: Tensor
     place: Tensor
     scale: Tensor
-    covered: Tensor
+
+    def __post_init__(self) -> None:
+        self.covered = self.values.norm(dim=1) == 0
+        # as they are, and as a loader has them that multiplies factors by their scale
+        self.both = (self.values, self.values * self.scale[:, None])
+        # by length, so that a row's like are next to it, and among few if it is a long one
+        self._sorted = [values.norm(dim=1).sort() for values in self.both]
+
+    def near(self, row: Tensor, distance: float) -> Tensor:
+        """Return which rows are, in one way or the other, within a distance of one."""
+        found = []
+        for values, (keys, order) in zip(self.both, self._sorted, strict=True):
+            ends = torch.searchsorted(keys, row.norm() + torch.tensor([-distance, distance], dtype=row.dtype))
+            index = order[int(ends[0]) : int(ends[1]) + 1]
+            found.append(index[(values[index] - row).norm(dim=1) <= distance])
+        return torch.cat(found).unique()
 
 
 class _Rows:
@@ -96,7 +112,6 @@ class _Rows:
                 start=(sizes.cumsum(0) - sizes).repeat_interleave(sizes),
                 place=torch.arange(len(names)).repeat_interleave(sizes),
                 scale=torch.tensor([said[name].scale for name in names], dtype=torch.float64).repeat_interleave(sizes),
-                covered=values.norm(dim=1) == 0,
             )
 
     def change(self, name: str, made: Change, file: LoraFile) -> Change:
@@ -104,7 +119,7 @@ class _Rows:
         rows, pool = _projected(made), self._pools.get(made.down[0].numel())
         if not rows.any():
             return replace(made, scale=1.0, bias=None)
-        tolerance = 1e-5 + 4 * max(torch.finfo(made.down.dtype).eps, torch.finfo(made.up.dtype).eps)
+        tolerance = _EXACT + 4 * max(torch.finfo(made.down.dtype).eps, torch.finfo(made.up.dtype).eps)
         index = None if pool is None else _found(rows, pool, tolerance)
         if pool is None or index is None:
             raise ValueError(
@@ -120,7 +135,7 @@ class _Rows:
                 f"{where_of(file)}; convert the file first"
             )
         bias, lengths = (self._beside(pool, index, kind) for kind in ("bias", "lengths"))
-        if bias is not None:
+        if bias is not None and due != 0:
             bias = (bias.double() * scales / due).to(made.up.dtype)
         return replace(made, scale=due, bias=bias, lengths=lengths)
 
@@ -142,20 +157,19 @@ class _Rows:
 
 def _found(rows: Tensor, pool: _Pool, tolerance: float) -> Tensor | None:
     """Return which rows of the file a layer's rows are, plain or already times their scale; None if they are none."""
-    both = (pool.values, pool.values * pool.scale[:, None])
     norms = rows.norm(dim=1)
     first = int(norms.argmax())
-    near = torch.stack([(values - rows[first]).norm(dim=1) for values in both]).amin(0) <= 8 * tolerance * norms[first]
-    row = near.nonzero()[:, 0]
-    # of twins, one that no layer has yet, and whole layers before parts
-    order = (2 * pool.covered[row].int() + (row - first != pool.start[row]).int()).argsort(stable=True)
-    for start in (row[order][:_TRIES] - first).tolist():
-        index = torch.arange(start, start + len(rows))
-        inside = start >= 0 and start + len(rows) <= len(pool.values) and pool.place[start] == pool.place[index[-1]]
-        if inside and any(not _far(rows, values[index], tolerance) for values in both):
-            return index
+    for distance in (_EXACT, 2 * tolerance):  # most loaders change no factor
+        row = pool.near(rows[first], distance * float(norms[first]))
+        # of twins, one that no layer has yet, and whole layers before parts
+        order = (2 * pool.covered[row].int() + (row - first != pool.start[row]).int()).argsort(stable=True)
+        for start in (row[order][:_TRIES] - first).tolist():
+            index = torch.arange(start, start + len(rows))
+            inside = start >= 0 and start + len(rows) <= len(pool.values) and pool.place[start] == pool.place[index[-1]]
+            if inside and any(not _far(rows, values[index], tolerance) for values in pool.both):
+                return index
     # turned around, or put together
-    for values in both:
+    for values in pool.both:
         index = torch.cat([torch.cdist(part.float(), values.float()).argmin(1) for part in rows.split(_CHUNK)])
         if not _far(rows, values[index], tolerance):
             return index
