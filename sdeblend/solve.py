@@ -199,6 +199,9 @@ def solve(
     weights = state.weights
     if weights is None:
         return Solution(state.x, evaluations=state.evaluations)
+    notes = weights.correction.notes
+    if len(state.x) < len(x):
+        notes = (*notes, f"of {len(x)} samples {len(state.x)} were kept, at {state.evaluations:.4g} evaluations each")
     return Solution(
         samples=state.x,
         log_weights=weights.residual,
@@ -207,7 +210,7 @@ def solve(
         log_normalizers=weights.normalizers(),
         evaluations=state.evaluations,
         resampled=weights.resampled,
-        notes=weights.correction.notes,
+        notes=notes,
     )
 
 

@@ -89,6 +89,7 @@ def test_the_cost_is_counted_and_known_before():
     solution = solve(sde(stack), start(48), GRID, noise=seeded(2), correct=funnel(12, down_to=level, threshold=1e-9))
     assert solution.resampled == [25] and len(solution.samples) == 12
     assert stack.evaluations == 12 * solution.evaluations == 2 * (25 * 48 + 15 * 12)
+    assert solution.notes[-1] == "of 48 samples 12 were kept, at 230 evaluations each"
     known = Correction("resample", keep=12, down_to=level).most_evaluations(48, LEVELS, members=2)
     assert known == solution.evaluations
     moving = Correction("resample", keep=12, down_to=level).most_evaluations(
