@@ -37,6 +37,7 @@ from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.pipelines.families import Text, text_to_image
 from stablediffusion.pipelines.inputs import (
     denoiser_arguments,
+    encode_negatives,
     encode_prompts,
     guidance_weight,
     guided,
@@ -56,7 +57,7 @@ class PipelineScore(ScoreStack):
         members: what ``load_members`` returned; None for the base alone.
         guidance_scale: of classifier-free guidance, as the pipeline counts it; no guidance (1, Z-Image: 0) is half the
             cost. By default the pipeline's own.
-        negative_prompt: one, or one a prompt.
+        negative_prompt: one, or one a prompt; by default what the pipeline has in its place, as zeros in SDXL.
         images: per prompt; the batch is prompts times images.
         embedded_guidance: what a guidance-distilled network takes as input, as Flux; by default the pipeline's own.
         height, width: of the images in pixels; the model's own by default.
@@ -80,7 +81,7 @@ class PipelineScore(ScoreStack):
         *,
         members: Members | None = None,
         guidance_scale: float | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
         images: int = 1,
         embedded_guidance: float | None = None,
         height: int | None = None,
@@ -89,9 +90,10 @@ class PipelineScore(ScoreStack):
     ) -> None:
         self._family = text_to_image(pipe, "a score on latents")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        if not prompts or len(negatives) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need one negative prompt or as many, got {len(negatives)}")
+        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        if not prompts or (negatives is not None and len(negatives) != len(prompts)):
+            given = 0 if negatives is None else len(negatives)
+            raise ValueError(f"{len(prompts)} prompts need one negative prompt or as many, got {given}")
         if images < 1:
             raise ValueError(f"a prompt needs at least one image, got {images}")
         network = denoiser_of(pipe)[1]
@@ -108,9 +110,10 @@ class PipelineScore(ScoreStack):
         self._index: Tensor | None = None
 
         def encoded() -> tuple[list[Text], list[Text]]:
-            found = (encode_prompts(pipe, texts) for texts in (prompts, negatives)[: self.branches])
-            rows = [[text for text in texts for _ in range(images)] for texts in found]
-            return rows[0], rows[1] if self.branches == 2 else []
+            positive = encode_prompts(pipe, prompts)
+            negative = encode_negatives(pipe, negatives, positive) if self.branches == 2 else []
+            rows = [[text for text in texts for _ in range(images)] for texts in (positive, negative)]
+            return rows[0], rows[1]
 
         with torch.no_grad(), chosen.text_switch.borrowed() as switch:
             base = encoded()

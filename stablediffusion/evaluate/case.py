@@ -202,7 +202,7 @@ class PipelineCase(MeasuredCase):
             self.prompt,
             members=self.members.chosen([self.roles[role] for role in roles]),
             guidance_scale=self.guidance,
-            negative_prompt=self.settings.negative,
+            negative_prompt=self.settings.negative or None,
             images=batch,
             height=self.settings.height,
             width=self.settings.width,

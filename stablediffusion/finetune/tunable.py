@@ -78,7 +78,7 @@ class PipelineTunable:
         layers: which get an adapter.
         guidance: scale of classifier-free guidance, as the pipeline counts it; None is none (1, Z-Image: 0), at half
             the cost.
-        negative: negative prompt for guidance.
+        negative: negative prompt for guidance; empty for what the pipeline has in its place.
         embedded_guidance: what a guidance-distilled network takes as input, as Flux; by default the pipeline's own.
         height, width: of the images in pixels; the model's own by default.
         checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -139,7 +139,7 @@ class PipelineTunable:
                 part.requires_grad_(False).eval()
         if pipe.vae.dtype == torch.float16 and pipe.vae.config.get("force_upcast"):
             pipe.vae.to(torch.float32)  # overflows in float16, says its configuration
-        self._draw, self._encode = prompt_source(prompts), Encoder(pipe, negative, self.branches == 2)
+        self._draw, self._encode = prompt_source(prompts), Encoder(pipe, negative or None, self.branches == 2)
         self._parameters = _add_adapter(self.network, rank, rank if alpha is None else alpha, layers, seed)
         self._switch = AdapterSwitch([self.network], [ADAPTER])
         self._active: tuple[str, ...] = ()

@@ -148,7 +148,8 @@ class Run:
                 f"--negative needs a pipeline that takes it, got {type(pipe).__name__} with {scales}; drop it"
             )
         call = {name: value for name, value in call.items() if name in known} | guidance
-        call |= {"negative_prompt": o.negative} if negated else {}
+        # without any, pipelines have something of their own in its place, but true_cfg_scale does nothing
+        call |= {"negative_prompt": o.negative} if negated and (o.negative or "true_cfg_scale" in guidance) else {}
         with blend(pipe, members, preference, mode=o.mode, correct=correct, seed=o.seed) as knobs:
             images = pipe(**call).images
             result = _result(knobs)

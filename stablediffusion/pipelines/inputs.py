@@ -24,6 +24,19 @@ def encode_prompts(pipe: Any, prompts: Sequence[str]) -> list[Text]:
     return family_of(pipe).encode(pipe, list(prompts))
 
 
+def encode_negatives(pipe: Any, negatives: Sequence[str] | None, positive: Sequence[Text]) -> list[Text]:
+    """Encode negative prompts as a pipeline does.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        negatives: as many as prompts; None for what the pipeline has in their place: zeros (SDXL), or an empty prompt.
+        positive: the encoded prompts.
+    """
+    if negatives is None and pipe.config.get("force_zeros_for_empty_prompt"):
+        return [{name: part.new_zeros(part.shape) for name, part in text.items()} for text in positive]
+    return encode_prompts(pipe, [""] * len(positive) if negatives is None else negatives)
+
+
 def denoiser_arguments(
     pipe: Any, positive: Sequence[Text], negative: Sequence[Text], size: Size, embedded_guidance: float | None
 ) -> Arguments:

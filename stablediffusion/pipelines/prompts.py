@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablediffusion.pipelines.families import Text
-from stablediffusion.pipelines.inputs import encode_prompts
+from stablediffusion.pipelines.inputs import encode_negatives, encode_prompts
 
 Draw = Callable[[int, torch.Generator], Sequence[str]]
 _REMEMBERED = 1024
@@ -57,14 +57,17 @@ class Encoder:
 
     Args:
         pipe: a text-to-image pipeline.
-        negative: negative prompt, for classifier-free guidance.
+        negative: negative prompt, for classifier-free guidance; None for what the pipeline has in its place.
         guided: whether there is guidance.
     """
 
-    def __init__(self, pipe: Any, negative: str, guided: bool) -> None:
+    def __init__(self, pipe: Any, negative: str | None, guided: bool) -> None:
         self.pipe = pipe
         self._known: dict[str, Text] = {}
-        self._negative = self._one(negative) if guided else None
+        self._negative: Text | None = None
+        if guided:
+            with torch.no_grad():
+                self._negative = encode_negatives(pipe, None if negative is None else [negative], [self._one("")])[0]
 
     def __call__(self, prompts: Sequence[str]) -> PromptCondition:
         """Return the condition of these prompts, one a row."""

@@ -93,16 +93,30 @@ def test_ancestral_step_equals_ddim_over_a_whole_run(prediction, steps):
     assert errors[1] > 1e-3
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
-def test_solver_equals_the_pipeline_on_its_own_grid(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "negative"), [("sd15", None), ("sd21", "blue"), ("sdxl", "blue"), ("sdxl", ""), ("sdxl", None)]
+)
+def test_solver_equals_the_pipeline_on_its_own_grid(family, negative, tmp_path):
     pipe, members = with_members(tmp_path, family, dtype=torch.float64)
     start = torch.randn(2, 4, 8, 8, generator=seeded(), dtype=torch.float64)
-    call = tiny_call(pipe, 6) | {"output_type": "latent", "eta": 1.0, "negative_prompt": "blue", "guidance_scale": 4.0}
+    call = tiny_call(pipe, 6) | {
+        "output_type": "latent",
+        "eta": 1.0,
+        "negative_prompt": negative,
+        "guidance_scale": 4.0,
+    }
     with blend(pipe, members, WEIGHTS) as knobs:
         expected = pipe("a red circle", generator=seeded(1), num_images_per_prompt=2, latents=start, **call).images
         nats = knobs.nats
     stack = pipeline_score(
-        pipe, "a red circle", members=members, negative_prompt="blue", guidance_scale=4.0, images=2, height=16, width=16
+        pipe,
+        "a red circle",
+        members=members,
+        negative_prompt=negative,
+        guidance_scale=4.0,
+        images=2,
+        height=16,
+        width=16,
     )
     grid = scheduler_grid(pipe, 6)
     solution = sample(stack, start=start, grid=grid, correct="certify")
