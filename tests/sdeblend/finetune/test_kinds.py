@@ -88,7 +88,7 @@ def test_the_bundled_pipeline_by_the_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("line", "parts"), [
-    ("guidance = 3.0", ("guidance = 1, got 3", "another trainer")),
+    ("guidance = 3.0", ("takes no guidance, got g = 3", "another trainer")),
     ("graded_batch = 0", ("[model] graded_batch must be at least 1",)),
 ])  # fmt: skip
 def test_what_a_pipeline_refuses_by_the_command(

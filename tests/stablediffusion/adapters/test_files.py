@@ -30,7 +30,7 @@ def test_tiny_pipelines_run_and_repeat(family, task):
         call = tiny_call(pipe, 2)
         if family == "flux" and task == "img2img":
             call |= {"height": 16, "width": 16}
-        run = pipe("a red circle", generator=torch.Generator().manual_seed(0), **call)
+        run = pipe(prompt="a red circle", generator=torch.Generator().manual_seed(0), **call)
         found.append(run.images if hasattr(run, "images") else run.frames)
     assert (found[0] == found[1]).all()
     assert (found[0] != found[2]).any()
