@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 
 from benchmarks.timing import Race, race, save
 from sdeblend import Preference
-from stablediffusion import Members, blend, load_members
-from stablediffusion.testing import mid_size_unet, sd15_size_unet, tiny_lora, tiny_pipeline
+from stablediffusion import BlendGuidance, Members, blend, load_members
+from stablediffusion.testing import mid_size_unet, sd15_size_unet, tiny_lora, tiny_modular, tiny_pipeline
+from stablediffusion.testing.networks import seeded
 
 Row = dict[str, Any]
 Candidates = dict[str, Callable[[], object]]
@@ -29,7 +31,6 @@ def pipeline(unet: Any, members: int, folder: Path, device: str, dtype: torch.dt
     """Return a tiny pipeline around ``unet`` with random LoRA members."""
     pipe = tiny_pipeline("sd15")
     if unet.config.cross_attention_dim != pipe.text_encoder.config.hidden_size:
-        from stablediffusion.testing.networks import seeded
         from stablediffusion.testing.text import clip_encoder
 
         with seeded(0):
@@ -96,8 +97,32 @@ def on_cpu(folder: Path) -> list[Row]:
         rows.append(_row(result, f"DB-MPA-LS, {m} members", f"ls {m}", "one", 1, aim=1.05))
     rows.append(_row(result, "DB-MPA, 2 members side by side", "side by side 2", "one", 2))
     rows.append(_row(result, "exact soup, 2 members", "soup 2", "one", 1))
+    rows.append(guiding(folder))
     rows.append(switching(members))
     return rows
+
+
+def guiding(folder: Path, channels: tuple[int, int] = (128, 256), steps: int = 4, rounds: int = 5) -> Row:
+    """Race two members in the guider of a modular pipeline against the same blend attached to it."""
+    pipe = tiny_modular("sdxl")
+    sizes = {"sample_size": 32, "block_out_channels": channels, "attention_head_dim": (8, 8)}
+    with seeded(0):
+        unet = type(pipe.unet).from_config(dict(pipe.unet.config) | sizes)
+    pipe.update_components(unet=unet.eval().requires_grad_(False))
+    members = load_members(pipe, {f"m{i}": tiny_lora(pipe, folder / f"xl{i}.safetensors", seed=i) for i in range(2)})
+    halves, plain = Preference({"m0": 0.5, "m1": 0.5}), ClassifierFreeGuidance(7.5)
+
+    def run(guider: Any) -> None:
+        pipe.update_components(guider=guider)
+        call = {"height": 64, "width": 64, "num_inference_steps": steps, "output": "latents"}
+        pipe(prompt="a red circle", generator=torch.Generator().manual_seed(0), **call)
+
+    candidates: Candidates = {
+        "guider": lambda: run(BlendGuidance(plain, halves)),
+        "blend": blended(pipe, members, 2, lambda: run(plain), correct=None),
+    }
+    result = race(candidates, rounds=rounds, clock=time.process_time)
+    return _row(result, "BlendGuidance, 2 members, modular pipeline", "guider", "blend", 1, aim=1.05)
 
 
 def switching(members: Members) -> Row:
