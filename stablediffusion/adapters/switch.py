@@ -53,15 +53,15 @@ def freeze(modules: Iterable[nn.Module], adapters: Collection[str]) -> None:
                     holder[name].requires_grad_(False)
 
 
-def evaluate_only(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Put the adapters of some networks in evaluation mode, where the dropout of their training is off.
+def evaluate_only(layers: Iterable[BaseTunerLayer]) -> Callable[[], None]:
+    """Put the adapters of some layers in evaluation mode, where the dropout of their training is off.
 
     Returns:
         what puts those back in training mode that were in it.
     """
     parts = [
         part
-        for layer in adapted_layers(modules)
+        for layer in layers
         for part in chain([layer], getattr(layer, "lora_dropout", {}).values())
         if part.training
     ]
@@ -87,8 +87,7 @@ class AdapterSwitch:
     """
 
     def __init__(self, modules: Iterable[nn.Module], members: Collection[str]) -> None:
-        self.modules = tuple(modules)
-        self.layers = adapted_layers(self.modules)
+        self.layers = adapted_layers(modules)
         self.members = frozenset(members)
         self._background: list[list[str]] = [[] for _ in self.layers]
         self._lists: dict[tuple[str, ...], list[list[str]]] = {}
@@ -103,7 +102,7 @@ class AdapterSwitch:
         ]
         if background != self._background:
             self._background, self._lists = background, {}
-        train = evaluate_only(self.modules)
+        train = evaluate_only(self.layers)
         try:
             self.use()
             yield self
