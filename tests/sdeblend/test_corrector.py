@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -89,6 +91,18 @@ def test_a_move_by_one_member_is_the_members_own(make):
     # each row is at one of the 2 x 2 ends that its members can lead to, and the rows do not all choose alike
     gaps = torch.stack([(e - states[1].x).abs().amax(1) for e in ends])
     assert float(gaps.amin(0).max()) < 1e-12 and len(gaps.argmin(0).unique()) > 1
+
+
+def test_members_of_moves_take_turns():
+    seen = []
+    scores = Stack([lambda x, t, k=k: (seen.append((k, float(t))), -x)[1] for k in range(2)])
+    sde = BackwardSDE(SCHEDULE, Blend(scores, [0.5, 0.5]))
+    for seed in range(4):
+        seen.clear()
+        corrector = Corrector(2, members="one", generator=seeded(seed))
+        solve(sde, start(1), GRID, noise=seeded(2), corrector=corrector)
+        moved = [k for n, (k, t) in enumerate(seen) if n % 4 > 1][: 2 * 11]  # two by the step, then two moves
+        assert len(moved) == 22 and all(a != b for a, b in pairwise(moved))
 
 
 def test_the_law_of_a_chain_with_moves():
