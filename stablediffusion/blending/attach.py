@@ -7,7 +7,8 @@
 Each denoiser's forward is replaced by one that evaluates base and members and returns their ``sdeblend.Blend``;
 pipeline, scheduler, guidance and everything else stay diffusers'. Blending raw predictions before
 classifier-free guidance equals the paper's blend after it, because coefficients sum to one. For eps-, v- and
-x0-networks this blends scores; for flow models (SD 3, Flux) it blends velocities, and the sampler is their ODE.
+x0-networks this blends scores; for flow models it blends velocities, and the sampler is their ODE unless the scheduler
+takes noise (``FlowAncestral``).
 
 Modes: "mpa" blends every member at every step (DB-MPA, DB-KLA through the strength); "ls" runs one member a step and
 image (DB-MPA-LS); "soup" and "soup-factors" average weights, as baselines (``adapters``).

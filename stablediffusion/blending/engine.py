@@ -32,6 +32,7 @@ from stablediffusion.pipelines.families import paints_over
 from stablediffusion.pipelines.schedulers import NoisyStep, noisy_move
 
 Mode = Literal["mpa", "ls", "soup", "soup-factors"]
+_PASSES = 16  # of one step; a loop of one's own that steps otherwise would keep them all
 
 
 @dataclass
@@ -158,6 +159,8 @@ class Engine:
             if run.coefficients is not None and not torch.equal(run.coefficients, coefficients):
                 self._refuse("the preference changed during the run, so the blend's weights are those of no one target")
             run.coefficients = coefficients
+            if len(run.passes) == _PASSES:
+                self._refuse(f"{type(self.pipe.scheduler).__name__} takes no step between calls of the denoiser")
             if run.reason is None:
                 run.passes.append((this.call, evaluation, value))
         return this.output(value)
@@ -252,7 +255,7 @@ class Engine:
         return move
 
     def _refuse(self, why: str) -> None:
-        self.run.reason = why
+        self.run.reason, self.run.passes = why, []
         if self.correction is not None and self.correction.mode == "resample":
             raise ValueError(f"correct='resample' needs the weights of every step, which do not exist: {why}")
 

@@ -188,6 +188,17 @@ def test_rows_that_are_tied_are_taken_out_of_the_whole_pass(tmp_path):
     assert far(together[:1], alone) < 1e-4
 
 
+def test_a_loop_that_takes_no_step_keeps_nothing(tmp_path):
+    """The passes of a step wait for it; without one they would pile up."""
+    pipe, members = make(tmp_path)
+    x, text = torch.zeros(1, 4, 8, 8), torch.zeros(1, 77, 16)
+    with blend(pipe, members, HALVES) as knobs, torch.no_grad():
+        for t in range(20):
+            pipe.unet(x, t, text)
+            assert len(knobs._engine.run.passes) <= 16
+        assert "takes no step" in knobs.reason and knobs.certificates == []
+
+
 def test_a_preference_changed_during_a_run_has_no_certificate(tmp_path):
     pipe, members = make(tmp_path)
 
