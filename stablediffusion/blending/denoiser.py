@@ -106,9 +106,15 @@ class Denoiser:
         """
 
         def whole() -> list[Tensor]:
-            state = this.call.sample.clone()
-            state[rows] = sample.to(state.dtype)
-            return [out[rows] for out in self.predict(chosen, [this.of(member, state) for member in chosen])]
+            turns = (rows[:, None] == rows).tril(-1).sum(1)  # a row may be asked for several times, as by candidates
+            found, order = [], [(turns == turn).nonzero().flatten() for turn in range(int(turns.max()) + 1)]
+            for places in order:
+                state = this.call.sample.clone()
+                state[rows[places]] = sample[places].to(state.dtype)
+                found.append(self.predict(chosen, [this.of(member, state) for member in chosen]))
+            back = torch.cat(order).argsort()
+            outputs = [[out[rows[places]] for out in turn] for turn, places in zip(found, order, strict=True)]
+            return [torch.cat(parts)[back] for parts in zip(*outputs, strict=True)]
 
         def part() -> list[Tensor]:
             return self.predict(chosen, [this.of(member, sample, rows) for member in chosen])

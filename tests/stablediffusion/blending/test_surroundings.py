@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablediffusion
 from stablediffusion import load_members
+from stablediffusion.blending.denoiser import Denoiser
 from stablediffusion.pipelines.components import denoiser_of
 from stablediffusion.testing import tiny_call, tiny_image, tiny_lora, tiny_pipeline
 
@@ -197,6 +198,24 @@ def test_a_loop_that_takes_no_step_keeps_nothing(tmp_path):
             pipe.unet(x, t, text)
             assert len(knobs._engine.run.passes) <= 16
         assert "takes no step" in knobs.reason and knobs.certificates == []
+
+
+def test_a_row_may_be_asked_for_twice(tmp_path):
+    """Candidates of one image are rows of it, of a part of the batch or, where rows are tied, of whole passes."""
+    pipe, members = make(tmp_path, scale=1.0)
+    network = denoiser_of(pipe)[1]
+    denoiser = Denoiser(network.forward, network, members)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(2, 77, 16, generator=generator)
+    x, t = torch.randn(5, 1, 4, 8, 8, generator=generator), torch.tensor(500.0)
+    index = torch.tensor([1, 0, 1, 1, 0])
+    with members.switch.borrowed(), torch.no_grad():
+        stack = denoiser.bind((torch.zeros(2, 4, 8, 8), t, text), {"return_dict": False}, 2)
+        expected = denoiser.bind((x[:, 0], t, text[index]), {"return_dict": False})(x, t)
+        for tied in (False, True):
+            torch.testing.assert_close(stack.rows(index)(x, t), expected, rtol=1e-4, atol=1e-4)
+            assert list(denoiser._known.values()) == [not tied]
+            denoiser._known = dict.fromkeys(denoiser._known, False)
 
 
 def test_a_preference_changed_during_a_run_has_no_certificate(tmp_path):
