@@ -53,26 +53,26 @@ def freeze(modules: Iterable[nn.Module], adapters: Collection[str]) -> None:
                     holder[name].requires_grad_(False)
 
 
-def evaluate_only(layers: Iterable[BaseTunerLayer]) -> Callable[[], None]:
-    """Put the adapters of some layers in evaluation mode, where the dropout of their training is off.
+def evaluate_only(parts: Iterable[nn.Module]) -> Callable[[], None]:
+    """Put parts of networks in evaluation mode, where the dropout of their training is off.
 
     Returns:
         what puts those back in training mode that were in it.
     """
-    parts = [
-        part
-        for layer in layers
-        for part in chain([layer], getattr(layer, "lora_dropout", {}).values())
-        if part.training
-    ]
-    for part in parts:
-        part.training = False
+    trained = [part for part in parts if part.training]
+    for part in trained:
+        part.__dict__["training"] = False  # past nn.Module.__setattr__, which is slow
 
     def restore() -> None:
-        for part in parts:
-            part.training = True
+        for part in trained:
+            part.__dict__["training"] = True
 
     return restore
+
+
+def with_dropout(layers: Iterable[BaseTunerLayer]) -> list[nn.Module]:
+    """Return adapted layers and the dropout of their adapters."""
+    return [part for layer in layers for part in chain([layer], getattr(layer, "lora_dropout", {}).values())]
 
 
 class AdapterSwitch:
@@ -89,6 +89,7 @@ class AdapterSwitch:
     def __init__(self, modules: Iterable[nn.Module], members: Collection[str]) -> None:
         self.layers = adapted_layers(modules)
         self.members = frozenset(members)
+        self._parts = with_dropout(self.layers)
         self._background: list[list[str]] = [[] for _ in self.layers]
         self._lists: dict[tuple[str, ...], list[list[str]]] = {}
 
@@ -97,12 +98,12 @@ class AdapterSwitch:
         """Allow ``use`` inside, in evaluation mode; every layer is as before afterwards, whatever happens."""
         saved = [{name: layer.__dict__.get(name, _ABSENT) for name in (ACTIVE, _DISABLED)} for layer in self.layers]
         background = [
-            [] if layer.disable_adapters else [n for n in layer.active_adapters if n not in self.members]
-            for layer in self.layers
+            [] if values[_DISABLED] is True else [n for n in _listed(values[ACTIVE], layer) if n not in self.members]
+            for layer, values in zip(self.layers, saved, strict=True)
         ]
         if background != self._background:
             self._background, self._lists = background, {}
-        train = evaluate_only(self.layers)
+        train = evaluate_only(self._parts)
         try:
             self.use()
             yield self
@@ -128,6 +129,11 @@ class AdapterSwitch:
     def background_of(self, layer: BaseTunerLayer) -> list[str]:
         """Return the adapters that stay active in a layer whatever is chosen."""
         return self._background[self.layers.index(layer)]
+
+
+def _listed(active: object, layer: BaseTunerLayer) -> list[str]:
+    """Return a layer's active adapters; its own property, which is slow, where they are no list."""
+    return active if isinstance(active, list) else layer.active_adapters
 
 
 def check_unfused(owner: object, modules: Iterable[nn.Module]) -> None:
