@@ -53,8 +53,14 @@ class Denoiser:
         self.all = (Member("base"), *(members[name] for name in members.names))
         self._signature = type(getattr(network, "_orig_mod", network)).forward
         self._batch = SideBySide(members.switch) if side_by_side else None
+        self._network = network
+        self._state: tuple[str, ...] = ()
         self._known: dict[tuple[Any, ...], bool] = {}  # which kinds of calls may be joined, or taken in parts
         self._last: Output | None = None
+
+    def begin(self) -> None:
+        """Begin a run: a pipeline may have set other attention, which ties rows where the last run's did not."""
+        self._state = tuple(type(m.processor).__name__ for m in self._network.modules() if hasattr(m, "processor"))
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], images: int | None = None) -> Pass:
         """Return the pass that a call of the denoiser makes.
@@ -119,11 +125,12 @@ class Denoiser:
         def part() -> list[Tensor]:
             return self.predict(chosen, [this.of(member, sample, rows) for member in chosen])
 
-        if self._known.get(this.call.kind) is not None:
-            return part() if self._known[this.call.kind] else whole()
+        key = (self._state, *this.call.kind)
+        if key in self._known:
+            return part() if self._known[key] else whole()
         expected = whole()
         found, why = _equal(part, expected, _ROUNDING[self.last.dtype])
-        self._known[this.call.kind] = found is not None
+        self._known[key] = found is not None
         if found is None:
             warnings.warn(
                 f"images with members of their own cost a whole batch a member here: a part of it {why}, because this "
@@ -145,20 +152,21 @@ class Denoiser:
                 self.switch.use(*dict.fromkeys(name for name in adapters if name is not None))
                 return list(self._prediction(joined.of(self.forward)).chunk(len(parts)))
 
-        key = (len(shared), *parts[0].kind)
-        if key in self._known:
+        key = (len(shared), self._state, *parts[0].kind)
+        if self._known.get(key):
             return at_once()
         single = [self._run(chosen[k], calls[k]) for k in shared]
+        if key in self._known:
+            return single
         found, why = _equal(at_once, single, _ROUNDING[self.last.dtype])
+        self._known[key] = found is not None
         if found is not None:
-            self._known[key] = True
             return found
         warnings.warn(
             f"members run one after the other: side by side in one pass {why}, because this pipeline ties the rows of "
             "a batch together; the images are the same, batched=False is quiet",
             stacklevel=2,
         )
-        self._batch = None
         return single
 
     def _run(self, member: Member, call: Call) -> Tensor:

@@ -50,6 +50,7 @@ class Run:
         pictures: that the pipeline starts from or a ControlNet looks at.
         particles: the images' weights.
         reason: why there are none.
+        begun: the denoisers that were called.
     """
 
     step: int = -1
@@ -62,6 +63,7 @@ class Run:
     pictures: list[Tensor] = field(default_factory=list)
     particles: Particles | None = None
     reason: str | None = None
+    begun: set[str] = field(default_factory=set)
 
 
 class Engine:
@@ -140,6 +142,9 @@ class Engine:
         """Evaluate the blend in place of the denoiser of this name."""
         self.calls[name] += 1
         denoiser, run, coefficients = self.denoisers[name], self.run, self.coefficients
+        if name not in run.begun:
+            run.begun.add(name)
+            denoiser.begin()
         this = denoiser.bind(args, kwargs)
         images = self._images(this.call)
         if self.mode in SOUPS:
