@@ -50,8 +50,8 @@ FALSIFIED_BY = (
 
 STEPS = 24
 T_MIN = 0.04
-# Levels at which there is less to say than this are left out: rounding is as large.
-LEAST = 1e-5
+# Levels with fewer nats are left out: quadrature is off by 2e-7 of them, which 100 000 samples tell from nothing there.
+LEAST = 3e-4
 
 
 def check(settings: Settings) -> Outcome:
