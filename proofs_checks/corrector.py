@@ -100,6 +100,8 @@ def figure(outcome: Outcome) -> Figure:
             label = "re-noising" if n == 0 else None
             bias.loglog(KAPPAS[-1:], [law.renoised], "s", color=figures.BASE, label=label)
     figures.label(bias, f"From q, moves of total size {TOTAL:g}", "size of a move", "TV to q")
+    bias.set_xticks(KAPPAS, [f"{kappa:g}" for kappa in KAPPAS])
+    bias.minorticks_off()
     places = list(range(len(chains)))
     for name, colour in (("plain", figures.BLEND), ("alone", figures.BROKEN), ("weighted", figures.GOOD)):
         words = {"plain": "blend", "alone": "blend and moves", "weighted": "weights and moves"}[name]
@@ -109,6 +111,8 @@ def figure(outcome: Outcome) -> Figure:
         words = {"unmoved": "certificate without moves", "path": "with moves", "divergence": "KL with moves"}[name]
         nats.semilogy(places, [getattr(chain, name) for chain in chains], "o", color=colour, label=words)
     figures.label(nats, "What the certificate says", "chain", "nats")
+    for axes in (ends, nats):
+        axes.set_xticks(places)
     return picture
 
 

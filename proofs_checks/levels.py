@@ -85,8 +85,12 @@ def figure(outcome: Outcome) -> Figure:
     lines = outcome.data["lines"]
     picture, (first, ratios, apart) = figures.panels(3)
     own = lines[0]
-    first.loglog(own.levels, own.curve, color=figures.BLEND, label="certificate at the level")
-    first.loglog(own.levels, own.divergences, color=figures.GOOD, label="KL(P || product there)")
+    told = [n for n, nats in enumerate(own.curve) if nats > LEAST / 10]  # below, quadrature draws its own error
+    for values, colour, name in (
+        (own.curve, figures.BLEND, "certificate at the level"),
+        (own.divergences, figures.GOOD, "KL(P || product there)"),
+    ):
+        first.loglog([own.levels[n] for n in told], [values[n] for n in told], "o-", ms=3, color=colour, label=name)
     first.invert_xaxis()
     figures.label(first, "line2, KL weight .25", "noise level", "nats")
     for n, line in enumerate(lines):
@@ -97,6 +101,10 @@ def figure(outcome: Outcome) -> Figure:
     ratios.axhline(1, color=figures.EXACT, lw=1)
     for axes in (ratios, apart):
         axes.invert_xaxis()
+    for axes in (first, ratios):
+        axes.set_xticks([1, 0.5, 0.2], ["1", "0.5", "0.2"])
+        axes.minorticks_off()
+    ratios.set_yticks([0.3, 0.5, 1, 2], ["0.3", "0.5", "1", "2"])
     figures.label(ratios, "Never above one", "noise level", "ratio")
     figures.label(apart, "What the level leaves out", "noise level", "TV between two products")
     return picture
@@ -171,4 +179,3 @@ def _line(settings: Settings, i: int) -> _Line:
         max(abs(nats[n - 1] - paths[n]) / errors[n] for n in told),
         away(part.log_weights), away(whole.log_weights), away(torch.zeros(count).double()),
     )  # fmt: skip
-
